@@ -1,0 +1,41 @@
+"""Errors that are the user's to mend. The command line prints one line for each and exits with its status.
+
+| class | exit status | when |
+|---|---|---|
+| ConfigError | 2 | unknown key, wrong type, impossible value, unusable argument |
+| DataError | 3 | a record, shard or data folder that cannot be used |
+| CheckpointError | 4 | no checkpoint, or one of another config |
+| DeviceError | 5 | fewer devices than the mesh asks for |
+| StorageError | 6 | disk full or not writable; what was there before is still there |
+| Interrupted | 130 | Ctrl-C or SIGTERM: stopped cleanly, resumable |
+"""
+
+
+class UserError(Exception):
+    """Base of the errors shown without a traceback. The message says what is wrong and what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(UserError):
+    exit_status = 2
+
+
+class DataError(UserError):
+    exit_status = 3
+
+
+class CheckpointError(UserError):
+    exit_status = 4
+
+
+class DeviceError(UserError):
+    exit_status = 5
+
+
+class StorageError(UserError):
+    exit_status = 6
+
+
+class Interrupted(UserError):
+    exit_status = 130

@@ -1,0 +1,314 @@
+"""The vocabulary every module is written in: parameters with logical axes, and the layers made of them.
+
+Conventions
+    * A parameter is a float32 ``nnx.Param`` created by :func:`param` with one *logical axis name* per
+      dimension. ``umm_jax.sharding`` turns names into mesh axes; no module knows about devices.
+    * The dtype of the activations is the compute dtype. A layer casts its weights to ``x.dtype`` and
+      accumulates what must not be rounded (norms, softmax) in float32.
+    * Repeated layers are stacked with :func:`stack` and run with :func:`scan`, so that compile time does
+      not grow with depth and state keys stay strings.
+    * Randomness in a forward pass is an explicit ``key`` argument; ``None`` means deterministic.
+
+Axis names in use: ``embed`` (model width), ``mlp``, ``heads``, ``vocab``, ``layers``, ``conv_in``,
+``conv_out`` and ``None`` for dimensions that are never split.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def normal(std: float) -> Initializer:
+    """Gaussian of standard deviation `std`, not truncated."""
+    return jax.nn.initializers.normal(std)
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform on [-bound, bound]."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def lecun() -> Initializer:
+    """Variance 1 / fan-in over every dimension but the last: the default of dense and conv kernels."""
+
+    def init(key, shape, dtype=jnp.float32):
+        fan_in = 1
+        for side in shape[:-1]:
+            fan_in *= side
+        return jax.random.normal(key, shape, dtype) / max(fan_in, 1) ** 0.5
+
+    return init
+
+
+def constant(value: float) -> Initializer:
+    return jax.nn.initializers.constant(value)
+
+
+def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Axes, init: Initializer) -> nnx.Param:
+    """A float32 parameter that carries its logical `axes`, one per dimension of `shape`."""
+    if len(shape) != len(axes):
+        raise ValueError(f"parameter of shape {tuple(shape)} needs {len(shape)} axis names, got {axes}")
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis: [..., in] -> [..., out]."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axes: Axes = ("embed", "mlp"),
+        bias: bool = True,
+        init: Initializer | None = None,
+        bias_init: Initializer = zeros,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = param(rngs, (d_in, d_out), axes, init or lecun())
+        self.bias = param(rngs, (d_out,), (axes[1],), bias_init) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Table look-up: integer ids [...] -> [..., width], in `dtype`."""
+
+    def __init__(
+        self, rows: int, width: int, *, axes: Axes = ("vocab", "embed"), std: float = 0.02, rngs: nnx.Rngs
+    ):
+        self.table = param(rngs, (rows, width), axes, normal(std))
+
+    def __call__(self, ids: jax.Array, dtype=jnp.float32) -> jax.Array:
+        return jnp.take(self.table[...], ids, axis=0, mode="clip").astype(dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution, NHWC and HWIO: [..., h, w, in] -> [..., h', w', out].
+
+    `padding` is the explicit zero border on each side, as in the reference implementations; ``groups=in``
+    makes it depth-wise.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None,
+        groups: int = 1,
+        bias: bool = True,
+        init: Initializer | None = None,
+        bias_init: Initializer = zeros,
+        axes: tuple[str | None, str | None] = ("conv_in", "conv_out"),
+        rngs: nnx.Rngs,
+    ):
+        # A depth-wise kernel has input width 1: nothing to split there.
+        in_axis = axes[0] if groups == 1 else None
+        self.kernel = param(
+            rngs, (kernel, kernel, d_in // groups, d_out), (None, None, in_axis, axes[1]), init or lecun()
+        )
+        self.bias = param(rngs, (d_out,), (axes[1],), bias_init) if bias else None
+        pad = kernel // 2 if padding is None else padding
+        self.padding = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
+        self.stride, self.groups = stride, groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead = x.shape[:-3]
+        y = jax.lax.conv_general_dilated(
+            x.reshape((-1, *x.shape[-3:])),
+            self.kernel[...].astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*lead, *y.shape[1:])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6, axis: str | None = "embed", rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), (axis,), ones)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, biased variance, in float32."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5, axis: str | None = "embed", rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), (axis,), ones)
+        self.bias = param(rngs, (width,), (axis,), zeros)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises [..., h, w, C] over space and the C/groups channels of each group, in float32."""
+
+    def __init__(self, width: int, groups: int = 32, *, eps: float = 1e-5, rngs: nnx.Rngs):
+        if width % groups:
+            raise ValueError(f"{width} channels do not divide into {groups} groups")
+        self.scale = param(rngs, (width,), ("conv_out",), ones)
+        self.bias = param(rngs, (width,), ("conv_out",), zeros)
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        mean = jnp.mean(y, axis=(-4, -3, -1), keepdims=True)
+        y = y - mean
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(-4, -3, -1), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Modules(nnx.Module):
+    """Unlike layers in order. Attribute names are '0', '1', ..., so that state keys are strings."""
+
+    def __init__(self, modules: Sequence[nnx.Module]):
+        self.length = len(modules)
+        for i, module in enumerate(modules):
+            setattr(self, str(i), module)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> nnx.Module:
+        return getattr(self, str(range(self.length)[i]))
+
+    def __iter__(self) -> Iterator[nnx.Module]:
+        return (getattr(self, str(i)) for i in range(self.length))
+
+
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` equal modules as one, each parameter with a leading ``layers`` axis. Run it with :func:`scan`."""
+
+    def init(key):
+        return nnx.split(make(nnx.Rngs(params=key)))[1]
+
+    state = jax.vmap(init)(jax.random.split(rngs.params(), count))
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))[0]
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return nnx.merge(graphdef, state)
+
+
+def scan(
+    module: nnx.Module,
+    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+    group: int = 1,
+) -> tuple[Any, Any]:
+    """Runs a stacked `module`: ``carry, y = step(layer, carry, x)`` for each layer, first to last.
+
+    Args:
+        module: what :func:`stack` returned.
+        step: sees one layer at a time (a list of `group` layers when ``group > 1``).
+        carry, xs: as in ``jax.lax.scan``; every leaf of `xs` has a leading axis of steps.
+        remat: name of a rematerialisation policy, see :func:`checkpoint_policy`.
+        group: layers per step; must divide the number of layers.
+
+    Returns:
+        the last carry and the stacked outputs.
+    """
+    graphdef, state = nnx.split(module)
+    if group > 1:
+        state = jax.tree.map(lambda a: a.reshape(a.shape[0] // group, group, *a.shape[1:]), state)
+
+    def body(carry, inputs):
+        layer_state, x = inputs
+        if group == 1:
+            layers = nnx.merge(graphdef, layer_state)
+        else:
+            layers = [
+                nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], layer_state)) for i in range(group)
+            ]
+        return step(layers, carry, x)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=checkpoint_policy(remat), prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))
+
+
+def checkpoint_policy(name: str):
+    """What a rematerialised layer keeps: ``full`` nothing, ``dots`` matmul outputs, ``dots_no_batch`` those of weights."""
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_saveable,
+        "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if name not in policies:
+        raise ValueError(f"remat policy {name!r} is unknown; choose one of none, {', '.join(policies)}")
+    return policies[name]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each entry with probability `rate` and rescales the rest; does nothing when `key` is None."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
+    """[..., h, w, f*f*C] -> [..., f*h, f*w, C]; the inverse of :func:`space_to_depth`."""
+    *lead, h, w, c = x.shape
+    x = x.reshape(*lead, h, w, factor, factor, c // factor**2)
+    x = jnp.moveaxis(x, -3, -4)  # h f w f c
+    return x.reshape(*lead, h * factor, w * factor, c // factor**2)
+
+
+def space_to_depth(x: jax.Array, factor: int) -> jax.Array:
+    """[..., f*h, f*w, C] -> [..., h, w, f*f*C]; channels ordered (row, column, C)."""
+    *lead, h, w, c = x.shape
+    x = x.reshape(*lead, h // factor, factor, w // factor, factor, c)
+    x = jnp.moveaxis(x, -3, -4)
+    return x.reshape(*lead, h // factor, w // factor, factor**2 * c)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Activation by its usual name; ``quick_gelu`` is x sigmoid(1.702 x), ``gelu`` the exact one."""
+    functions = {
+        "silu": jax.nn.silu,
+        "relu": jax.nn.relu,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    }
+    if name not in functions:
+        raise ValueError(f"activation {name!r} is unknown; choose one of {', '.join(functions)}")
+    return functions[name]

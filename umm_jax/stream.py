@@ -1,0 +1,80 @@
+"""The Stream: one conversation laid out for one family, as named arrays along two axes.
+
+A family's serializer turns a Conversation into a Stream (numpy only); packing joins several Streams into
+one row of fixed size; rows are stacked into a Batch. Nothing between the serializer and the model needs
+to know what the features mean: each :class:`Feature` says how to pad it, and whether its values are
+indices into one of the two axes, which must move when Streams are laid end to end.
+
+    Stream   {"tokens": {name: [t, ...]}, "images": {name: [i, ...]}}
+    Row      the same with t -> T and i -> I, plus "segment_ids" and "positions" on both axes
+    Batch    rows stacked: [B, T, ...] and [B, I, ...]
+
+``segment_ids`` is 0 on padding and 1, 2, ... for the first, second, ... conversation of a row, the same
+number on both axes; ``positions`` counts from 0 inside each conversation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+AXES = ("tokens", "images")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One named array of a Stream.
+
+    Attributes:
+        shape: shape after the token or image axis.
+        dtype: numpy dtype name.
+        pad: value on padding.
+        refers: "tokens" or "images" when values are indices into that axis of the same Stream; negative
+            values mean "none" and are never shifted.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "int32"
+    pad: float = 0
+    refers: str | None = None
+
+    def __post_init__(self):
+        if self.refers is not None and self.refers not in AXES:
+            raise ValueError(f"refers must be one of {AXES} or None, got {self.refers!r}")
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """The features of a family's Streams, by axis."""
+
+    tokens: Mapping[str, Feature] = field(default_factory=dict)
+    images: Mapping[str, Feature] = field(default_factory=dict)
+
+    def axis(self, name: str) -> Mapping[str, Feature]:
+        return getattr(self, name)
+
+
+Stream = dict[str, dict[str, np.ndarray]]
+
+
+def stream_length(stream: Stream) -> dict[str, int]:
+    """{"tokens": t, "images": i} of a Stream."""
+    return {axis: len(next(iter(stream[axis].values()))) for axis in AXES}
+
+
+def check_stream(stream: Stream, spec: StreamSpec) -> None:
+    """Raises ValueError when names, lengths, shapes or dtypes differ from `spec`."""
+    for axis in AXES:
+        features = spec.axis(axis)
+        if set(stream[axis]) != set(features):
+            raise ValueError(f"{axis}: features {sorted(stream[axis])}, spec says {sorted(features)}")
+        lengths = {len(a) for a in stream[axis].values()}
+        if len(lengths) > 1:
+            raise ValueError(f"{axis}: features of unequal length {sorted(lengths)}")
+        for name, feature in features.items():
+            array = stream[axis][name]
+            if array.shape[1:] != feature.shape or array.dtype != np.dtype(feature.dtype):
+                raise ValueError(
+                    f"{axis}/{name}: {array.dtype}{list(array.shape[1:])} per item, "
+                    f"spec says {feature.dtype}{list(feature.shape)}"
+                )
