@@ -1,0 +1,48 @@
+# make setup | demo | test | test-all | clean
+#
+# PYTHON=python3.12 chooses the interpreter; without it, the first of those below that is at least 3.11 and
+# really starts (a shim on PATH may not).
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+endif
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+INPUTS := setup.py requirements.txt
+# Prints how long a step took: $(call timed,name,command)
+timed = @start=$$(date +%s); $(2) || { status=$$?; echo "$(1) failed (status $$status)" >&2; exit $$status; }; \
+  echo "$(1): $$(( $$(date +%s) - start )) s"
+
+.PHONY: setup demo test test-all clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "umm_jax needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
+	$(call timed,setup,$(PIP) -e .)
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(call timed,test requirements,$(PIP) -e '.[test]')
+	@touch $@
+
+demo: setup
+	@$(VENV)/bin/umm demo $(ARGS)
+
+# JAX_PLATFORMS=cpu unless the caller chose: the tests compare numbers that are defined on the CPU.
+PYTEST := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q
+
+test: $(VENV)/.tested
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.tested
+	@$(PYTEST) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,49 @@
+"""Packaging of umm_jax. Requirements live in requirements.txt; what only some users need is an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def requirements() -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def version() -> str:
+    return re.search(r'__version__ = "([^"]+)"', (HERE / "umm_jax" / "__init__.py").read_text())[1]
+
+
+setup(
+    name="umm_jax",
+    version=version(),
+    description="Train, evaluate, serve and convert conversational unified multimodal models in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["umm_jax", "umm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=requirements(),
+    extras_require={
+        "test": ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"],
+        # References that some parity checks run against. Install the CPU wheel first, for example
+        # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, so that pip does not
+        # choose the CUDA one.
+        "torch": ["torch>=2.5"],
+        "tfds": ["tensorflow-datasets>=4.9.7"],
+        # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.
+        "plan": ["libtpu"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
+    },
+    entry_points={"console_scripts": ["umm = umm_jax.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
