@@ -1,0 +1,256 @@
+"""From pixels to latents and back: the KL autoencoder of Stable Diffusion, and pixels themselves as latents.
+
+Both have the same face, so that an image decoder does not know which one it draws for:
+
+    latents = autoencoder.encode(pixels, key)      # [B, h, w, 3] in [-1, 1] -> [B, h', w', c], scaled
+    pixels = autoencoder.decode(latents)
+    loss, metrics = autoencoder.loss(pixels, key)
+
+Source: Rombach et al. 2022 (arXiv 2112.10752); sizes and scale in ``specs/mm_interleaved.md`` section 5.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from umm_jax.errors import ConfigError
+from umm_jax.models.layers import Conv, GroupNorm, Modules
+from umm_jax.models.unet_blocks import Attention, ResnetBlock, Upsample
+
+# Every norm of the autoencoder uses this epsilon, unlike the UNet's residual blocks.
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an autoencoder; the defaults are Stable Diffusion's.
+
+    Attributes:
+        kind: ``kl``, or ``identity``: latents are the pixels times `scale`, nothing is learned.
+        widths: channels per level, finest first; each level but the last halves the side.
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+        latent_channels: channels of the latent.
+        quant: whether 1x1 convolutions stand on both sides of the latent.
+        scale, shift: latent = (posterior sample - shift) * scale, chosen so that latents have unit variance.
+        norm_groups: groups of every norm.
+        kl_weight: weight of the KL term (nats per image over the number of pixel values) in :meth:`loss`.
+    """
+
+    kind: Literal["kl", "identity"] = "kl"
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    quant: bool = True
+    scale: float = 0.18215
+    shift: float = 0.0
+    norm_groups: int = 32
+    kl_weight: float = 1e-6
+
+    def __post_init__(self):
+        if self.kind not in ("kl", "identity"):
+            raise ConfigError(f"autoencoder {self.kind!r} is unknown; choose kl or identity")
+        if self.scale == 0:
+            raise ConfigError("the scale of the latents must not be 0")
+        if self.kind == "kl":
+            for width in self.widths:
+                if width % self.norm_groups:
+                    raise ConfigError(f"width {width} does not divide into norm_groups={self.norm_groups}")
+
+    @property
+    def factor(self) -> int:
+        """Side of the pixels over the side of the latents."""
+        return 1 if self.kind == "identity" else 2 ** (len(self.widths) - 1)
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        """(h', w', c) of the latents of a square image.
+
+        Raises:
+            ConfigError: `side` is no multiple of :attr:`factor`.
+        """
+        if side % self.factor:
+            raise ConfigError(f"images of side {side} do not divide by the autoencoder's factor {self.factor}")
+        at = side // self.factor
+        return at, at, 3 if self.kind == "identity" else self.latent_channels
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian over unscaled latents: mean and log variance, [B, h', w', c]."""
+
+    mean: jax.Array
+    log_variance: jax.Array
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        """A draw, or the mean when `key` is None."""
+        if key is None:
+            return self.mean
+        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def kl(self) -> jax.Array:
+        """KL divergence from the standard normal in nats, summed over each image: [B]."""
+        terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+class Downsample(nnx.Module):
+    """3x3 convolution of stride 2 with a border on the right and the bottom only, as in the released weights."""
+
+    def __init__(self, d: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(d, d, stride=2, padding=((0, 1), (0, 1)), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Mid(nnx.Module):
+    """Residual block, single-head attention over all pixels, residual block: [B, h, w, d] -> same."""
+
+    def __init__(self, d: int, groups: int, *, rngs: nnx.Rngs):
+        self.resnet_1 = ResnetBlock(d, d, groups=groups, eps=EPS, rngs=rngs)
+        self.norm = GroupNorm(d, groups, eps=EPS, rngs=rngs)
+        self.attention = Attention(d, 1, bias=True, rngs=rngs)
+        self.resnet_2 = ResnetBlock(d, d, groups=groups, eps=EPS, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.resnet_1(x)
+        x = x + self.attention(self.norm(x).reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
+        return self.resnet_2(x)
+
+
+class Level(nnx.Module):
+    """Residual blocks, then one change of side (or none)."""
+
+    def __init__(self, widths: list[int], groups: int, resample: nnx.Module | None, *, rngs: nnx.Rngs):
+        self.resnets = Modules(
+            [ResnetBlock(a, b, groups=groups, eps=EPS, rngs=rngs) for a, b in zip(widths, widths[1:])]
+        )
+        self.resample = resample
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Encoder(nnx.Module):
+    """Pixels [B, h, w, 3] -> moments before the quant convolution [B, h', w', 2c]."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        c, levels, width = config, [], config.widths[0]
+        self.conv_in = Conv(3, width, rngs=rngs)
+        for i, w in enumerate(c.widths):
+            halve = Downsample(w, rngs=rngs) if i + 1 < len(c.widths) else None
+            levels.append(Level([width] + [w] * c.layers_per_block, c.norm_groups, halve, rngs=rngs))
+            width = w
+        self.down = Modules(levels)
+        self.mid = Mid(width, c.norm_groups, rngs=rngs)
+        self.norm_out = GroupNorm(width, c.norm_groups, eps=EPS, rngs=rngs)
+        self.conv_out = Conv(width, 2 * c.latent_channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents [B, h', w', c] -> pixels [B, h, w, 3]."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        c, levels, width = config, [], config.widths[-1]
+        self.conv_in = Conv(c.latent_channels, width, rngs=rngs)
+        self.mid = Mid(width, c.norm_groups, rngs=rngs)
+        for i, w in reversed(list(enumerate(c.widths))):
+            double = Upsample(w, rngs=rngs) if i else None
+            levels.append(Level([width] + [w] * (c.layers_per_block + 1), c.norm_groups, double, rngs=rngs))
+            width = w
+        self.up = Modules(levels)
+        self.norm_out = GroupNorm(width, c.norm_groups, eps=EPS, rngs=rngs)
+        self.conv_out = Conv(width, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid(self.conv_in(x))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class KLAutoencoder(nnx.Module):
+    """Convolutional autoencoder with a Gaussian latent; methods as in the module docstring."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        c = config.latent_channels
+        self.quant = Conv(2 * c, 2 * c, 1, rngs=rngs) if config.quant else None
+        self.post_quant = Conv(c, c, 1, rngs=rngs) if config.quant else None
+
+    def posterior(self, pixels: jax.Array) -> Posterior:
+        """Pixels [B, h, w, 3] in [-1, 1] -> distribution over unscaled latents; log variance within [-30, 20]."""
+        moments = self.encoder(pixels)
+        if self.quant is not None:
+            moments = self.quant(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
+
+    def encode(self, pixels: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c]: a posterior sample, its mean without key."""
+        return (self.posterior(pixels).sample(key) - self.config.shift) * self.config.scale
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped."""
+        return self._decode(latents / self.config.scale + self.config.shift)
+
+    def _decode(self, latents: jax.Array) -> jax.Array:
+        return self.decoder(latents if self.post_quant is None else self.post_quant(latents))
+
+    def loss(
+        self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """Mean absolute error plus ``kl_weight`` times KL per pixel value.
+
+        Args:
+            pixels: [B, h, w, 3] in [-1, 1].
+            key: for the posterior sample; None uses the mean.
+            weight: [B], 0 on padding; None counts every image.
+
+        Returns:
+            the scalar loss, and (sum, weight) of ``l1`` and ``kl``.
+        """
+        posterior = self.posterior(pixels)
+        error = jnp.abs(self._decode(posterior.sample(key)) - pixels).astype(jnp.float32)
+        l1 = jnp.mean(error, axis=(1, 2, 3))
+        kl = posterior.kl().astype(jnp.float32) / pixels[0].size
+        weight = jnp.ones(l1.shape, jnp.float32) if weight is None else weight.astype(jnp.float32)
+        total = jnp.sum(weight)
+        sums = {"l1": jnp.sum(l1 * weight), "kl": jnp.sum(kl * weight)}
+        loss = (sums["l1"] + self.config.kl_weight * sums["kl"]) / jnp.maximum(total, 1e-6)
+        return loss, {name: (value, total) for name, value in sums.items()}
+
+
+class IdentityAutoencoder(nnx.Module):
+    """Pixels as latents: encode is multiplication by ``scale``, decode division. It has no parameters."""
+
+    def __init__(self, config: AutoencoderConfig):
+        self.config = config
+
+    def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Pixels [B, h, w, 3] in [-1, 1] -> latents of the same shape."""
+        return (pixels - self.config.shift) * self.config.scale
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents [B, h, w, 3] -> pixels."""
+        return latents / self.config.scale + self.config.shift
+
+    def loss(self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None):
+        """Raises ConfigError: there is nothing to train."""
+        raise ConfigError("the identity autoencoder has nothing to train; choose kind='kl' or another objective")
+
+
+def make_autoencoder(config: AutoencoderConfig, *, rngs: nnx.Rngs) -> KLAutoencoder | IdentityAutoencoder:
+    """The autoencoder a config describes."""
+    return KLAutoencoder(config, rngs=rngs) if config.kind == "kl" else IdentityAutoencoder(config)
