@@ -1,0 +1,285 @@
+"""Where arrays lie. The only file that makes a mesh, and the only one that knows mesh axes.
+
+Models name the dimensions of their parameters and of the activations that matter (``embed``, ``mlp``,
+``batch``, ...). :data:`RULES` says which mesh axes may split a name; :func:`spec` turns names and a shape
+into a PartitionSpec that always fits: no mesh axis twice, no axis that does not divide its dimension.
+
+    data     copies of the model, each with its share of the batch
+    fsdp     splits batch and parameters; parameters are gathered where they are used
+    tensor   splits the wide dimension of each matrix
+
+Axis types are Auto: the compiler spreads the shardings of arguments and of :func:`constrain`.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from umm_jax.config import MeshConfig, suggest
+from umm_jax.errors import ConfigError, DeviceError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical name -> the mesh axes that may split it, in order of preference.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "vocab": ("tensor",),
+    "conv_in": ("fsdp",),
+    "conv_out": ("tensor",),
+    # Dimensions that are looped over or too short to split.
+    "layers": (),
+    "tokens": (),
+    "images": (),
+}
+
+# A parameter above this size is never left whole on every device of the fsdp axis if it can be split.
+LARGE = 1 << 20
+
+
+# --- the mesh -------------------------------------------------------------------------------------
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh over `devices` (all of the job's unless given).
+
+    A single process may use fewer devices than it has; a job of several processes must use all of them.
+
+    Raises:
+        DeviceError: fewer devices than asked for, or a number that the fixed axes do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    asked = {name: getattr(config, name) for name in AXES}
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    have = len(devices)
+    text = " x ".join(f"{name} {size}" for name, size in asked.items() if size != -1)
+    works = f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 uses whatever there is ({have} here)"
+    if fixed > have:
+        kind = devices[0].platform if devices else "no"
+        raise DeviceError(
+            f"the mesh asks for {fixed} devices ({text}) and there are {have} ({kind}); {works}"
+        )
+    free = [name for name, size in asked.items() if size == -1]
+    if free:
+        if have % fixed:
+            raise DeviceError(
+                f"{have} devices do not divide into {text} = {fixed}, so mesh.{free[0]}=-1 has no answer; "
+                f"{works}, or set mesh.{free[0]}={have // fixed} to use {have // fixed * fixed} of them"
+            )
+        asked[free[0]] = have // fixed
+    sizes = tuple(asked.values())
+    need = math.prod(sizes)
+    if need < have and jax.process_count() > 1:
+        raise DeviceError(f"the mesh uses {need} of the job's {have} devices ({text}); {works}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:need])
+
+
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("umm_jax_mesh", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """The mesh :func:`constrain` refers to inside this block.
+
+    Enter it *inside* a function given to ``jax.jit``: a traced program is reused whatever the mesh around
+    the later calls.
+    """
+    token = _MESH.set(mesh)
+    try:
+        yield mesh
+    finally:
+        _MESH.reset(token)
+
+
+# --- from logical names to mesh axes ----------------------------------------------------------------
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The PartitionSpec of an array of `shape` whose dimensions are called `axes`.
+
+    A mesh axis is given to the first dimension that may have it; axes that do not divide the dimension
+    (or have size 1) are skipped, so that the result always fits.
+
+    Raises:
+        ValueError: a name without a rule, or another number of names than dimensions.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} axis names {tuple(axes)} for an array of shape {tuple(shape)}")
+    used: set[str] = set()
+    entries = []
+    for name, size in zip(axes, shape):
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"logical axis {name!r} has no rule in sharding.RULES{suggest(name, list(RULES))}"
+            )
+        taken: list[str] = []
+        for axis in RULES[name] if name is not None else ():
+            ways = math.prod(mesh.shape[a] for a in (*taken, axis))
+            if mesh.shape[axis] > 1 and axis not in used and size % ways == 0:
+                taken.append(axis)
+        used.update(taken)
+        entries.append(None if not taken else taken[0] if len(taken) == 1 else tuple(taken))
+    return PartitionSpec(*entries)
+
+
+def param_spec(axes: Sequence[str | None], shape: Sequence[int], itemsize: int, mesh: Mesh) -> PartitionSpec:
+    """As :func:`spec`; a parameter above :data:`LARGE` bytes whose names leave the fsdp axis unused is split
+    over it along its largest dimension that divides (never along ``layers``, which a scan walks)."""
+    found = spec(axes, shape, mesh)
+    ways = mesh.shape["fsdp"]
+    used = {axis for entry in found if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+    if ways == 1 or "fsdp" in used or math.prod(shape) * itemsize <= LARGE:
+        return found
+    free = [
+        i
+        for i, entry in enumerate(found)
+        if entry is None and axes[i] != "layers" and shape[i] % ways == 0 and shape[i] > 0
+    ]
+    if not free:
+        return found
+    entries = list(found)
+    entries[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*entries)
+
+
+def logical_axes(state: nnx.State) -> dict[str, tuple[str | None, ...]]:
+    """{'/'-joined path: axis names} of every parameter of a (real or abstract) model state.
+
+    Raises:
+        ValueError: a parameter that was not created by ``models.layers.param`` and has no names.
+    """
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+        axes = variable.get_metadata().get("axes")
+        if axes is None:
+            raise ValueError(
+                f"{'/'.join(map(str, path))}: no logical axes; create it with models.layers.param"
+            )
+        found["/".join(map(str, path))] = tuple(axes)
+    return found
+
+
+def shardings(abstract: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """Nested dict of NamedSharding, one for each parameter of `abstract`, from its ``axes`` metadata."""
+    axes = logical_axes(abstract)
+
+    def place(path, leaf):
+        name = "/".join(str(key.key) for key in path)
+        return NamedSharding(mesh, param_spec(axes[name], leaf.shape, leaf.dtype.itemsize, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(abstract))
+
+
+# --- activations and batches --------------------------------------------------------------------------
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for `x` to lie as its dimension names say, on the mesh of :func:`use`; does nothing outside it."""
+    mesh = _MESH.get()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over every device that holds its own share of the batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch (nested dict of numpy [b, ...]) as global arrays on the mesh.
+
+    Raises:
+        ConfigError: the rows do not divide over the mesh.
+    """
+    ways, sharding = batch_ways(mesh), batch_sharding(mesh)
+
+    def put(rows):
+        total = rows.shape[0] * jax.process_count()
+        if total % ways:
+            raise ConfigError(f"a batch of {total} rows does not divide over data x fsdp = {ways} devices")
+        return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+# --- the report ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One array of a state: where it lies and what it costs each device."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    bytes: int
+    bytes_per_device: int
+
+    @property
+    def replicated(self) -> bool:
+        return all(entry is None for entry in self.spec)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every placement of a state, largest first. ``print`` it."""
+
+    placements: tuple[Placement, ...]
+    devices: int
+
+    @property
+    def bytes_per_device(self) -> int:
+        return sum(p.bytes_per_device for p in self.placements)
+
+    @property
+    def large_replicated(self) -> tuple[Placement, ...]:
+        """Arrays above :data:`LARGE` bytes that every device holds whole."""
+        return tuple(p for p in self.placements if p.replicated and p.bytes > LARGE)
+
+    def summary(self) -> str:
+        """One line: total, share of each device, what stayed whole."""
+        total = sum(p.bytes for p in self.placements)
+        whole = sum(p.bytes for p in self.placements if p.replicated)
+        return (
+            f"{total / 1e6:.1f} MB in {len(self.placements)} arrays, "
+            f"{self.bytes_per_device / 1e6:.1f} MB on each of {self.devices} devices, "
+            f"{whole / 1e6:.1f} MB replicated"
+        )
+
+    def __str__(self) -> str:
+        rows = [f"{p.bytes_per_device:>14,} B  {p.path}  {list(p.shape)}  {p.spec}" for p in self.placements]
+        return "\n".join([*rows, self.summary()])
+
+
+def report(abstract: Any, placed: Any, mesh: Mesh) -> Report:
+    """The placements of `abstract` (arrays or ShapeDtypeStructs) under `placed` (shardings, same tree)."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    found = []
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        local = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        found.append(Placement(name, tuple(leaf.shape), sharding.spec, size, local))
+    found.sort(key=lambda p: (-p.bytes, p.path))
+    return Report(tuple(found), mesh.size)
