@@ -8,7 +8,7 @@ from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import ConfigError, DataError
 
 CONTROL = ["<user>", "<bot>", "<image>", *(f"<loc{i}>" for i in range(10))]
-WORDS = "draw a red circle, at the top left; how many blue squares are there? 3 two undo it counterrevolutionaries"
+WORDS = "draw a red circle, at the top left; how many blue squares? 3 two undo counterrevolutionaries it"
 
 
 def texts(n=300):
@@ -28,9 +28,21 @@ def test_every_word_is_one_piece(tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    ["draw a red circle,", "", " ", "  two  spaces ", "line\nbreak\ttab", "Zürich 東京 🦉", "<user> <0x41> </s> <pad>",
-     "\u2581mark", "a \u2581 b\u2581", "redcircle", "\u00a0e\u0301", "\x00\x01"],
-)  # fmt: skip
+    [
+        "draw a red circle,",
+        "",
+        " ",
+        "  two  spaces ",
+        "line\nbreak\ttab",
+        "Zürich 東京 🦉",
+        "<user> <0x41> </s> <pad>",
+        "\u2581mark",
+        "a \u2581 b\u2581",
+        "redcircle",
+        "\u00a0e\u0301",
+        "\x00\x01",
+    ],
+)
 def test_every_string_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

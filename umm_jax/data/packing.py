@@ -1,0 +1,214 @@
+"""Packing: several Streams laid end to end in one row of fixed size, under two budgets at once.
+
+A row of T = 12 tokens and I = 3 images that holds conversations of 5 tokens, 1 image and 4 tokens, 2 images:
+
+    tokens/segment_ids  1 1 1 1 1 2 2 2 2 0 0 0      images/segment_ids  1 2 2
+    tokens/positions    0 1 2 3 4 0 1 2 3 0 0 0      images/positions    0 0 1
+
+Nothing of one conversation may reach another: attention compares segment ids, positions start again, and
+values that are indices into an axis (``Feature.refers``) move with the conversation they belong to.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from umm_jax.conversation import Conversation, Image
+from umm_jax.errors import DataError
+from umm_jax.stream import AXES, Stream, StreamSpec, stream_length
+
+Row = dict[str, dict[str, np.ndarray]]
+Batch = dict[str, dict[str, np.ndarray]]
+ADDED = ("segment_ids", "positions")
+
+
+# --- rows and batches -----------------------------------------------------------------------------
+
+
+def pack_row(streams: Sequence[Stream], spec: StreamSpec, tokens: int, images: int) -> Row:
+    """Lays `streams` end to end and pads to `tokens` and `images`.
+
+    Raises:
+        ValueError: they do not fit, or the spec itself names a feature in :data:`ADDED`.
+    """
+    lengths = [stream_length(stream) for stream in streams]
+    starts = {axis: np.cumsum([0] + [length[axis] for length in lengths]) for axis in AXES}
+    row: Row = {}
+    for axis, budget in zip(AXES, (tokens, images)):
+        if starts[axis][-1] > budget:
+            raise ValueError(f"{starts[axis][-1]} {axis} in a row of {budget}")
+        arrays = {name: np.zeros(budget, np.int32) for name in ADDED}
+        for name, feature in spec.axis(axis).items():
+            if name in ADDED:
+                raise ValueError(f"{axis}/{name} is added by packing and cannot be a feature")
+            array = np.full((budget, *feature.shape), feature.pad, feature.dtype)
+            for k, stream in enumerate(streams):
+                values = stream[axis][name]
+                if feature.refers is not None:
+                    values = np.where(values < 0, values, values + starts[feature.refers][k])
+                array[starts[axis][k] : starts[axis][k + 1]] = values
+            arrays[name] = array
+        for k, length in enumerate(lengths):
+            place = slice(starts[axis][k], starts[axis][k + 1])
+            arrays["segment_ids"][place] = k + 1
+            arrays["positions"][place] = np.arange(length[axis])
+        row[axis] = arrays
+    return row
+
+
+def batch(rows: Sequence[Row]) -> Batch:
+    """Stacks rows: [T, ...] -> [B, T, ...] and [I, ...] -> [B, I, ...]."""
+    first = rows[0]
+    return {
+        axis: {name: np.stack([row[axis][name] for row in rows]) for name in first[axis]} for axis in AXES
+    }
+
+
+# --- first fit ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Open:
+    """A row being filled."""
+
+    used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
+    items: list[Any] = field(default_factory=list)
+
+
+class FirstFit:
+    """Puts each item into the first of at most `bins` open rows that has room on both axes.
+
+    When none has, the oldest open row is closed and a new one opened. Closing the fullest would fill rows
+    one per cent better at few bins, but an awkward conversation could then wait for ever; so it leaves
+    after at most `bins` closings. With `bins` 0 every item is a row of its own.
+    """
+
+    def __init__(self, tokens: int, images: int, bins: int):
+        self.budget = {"tokens": tokens, "images": images}
+        self.bins = bins
+        self._rows: list[_Open] = []
+
+    @property
+    def rows(self) -> list[list[Any]]:
+        """The items of the open rows, in order."""
+        return [row.items for row in self._rows]
+
+    def add(self, item: Any, length: dict[str, int]) -> list[Any] | None:
+        """Places an item; returns the items of the row that had to be closed for it, if any."""
+        if not self.bins:
+            return [item]
+        closed = None
+        row = next((row for row in self._rows if self._fits(row, length)), None)
+        if row is None:
+            if len(self._rows) == self.bins:
+                closed = self._rows.pop(0).items
+            row = _Open()
+            self._rows.append(row)
+        row.items.append(item)
+        for axis in AXES:
+            row.used[axis] += length[axis]
+        return closed
+
+    def restore(self, rows: Sequence[Sequence[tuple[Any, dict[str, int]]]]) -> None:
+        """Sets the open rows from the (item, length) pairs they hold."""
+        self._rows = []
+        for pairs in rows:
+            used = {axis: sum(length[axis] for _, length in pairs) for axis in AXES}
+            self._rows.append(_Open(used, [item for item, _ in pairs]))
+
+    def _fits(self, row: _Open, length: dict[str, int]) -> bool:
+        return all(row.used[axis] + length[axis] <= self.budget[axis] for axis in AXES)
+
+
+# --- conversations that are too long --------------------------------------------------------------
+
+
+def fit(
+    conversation: Conversation,
+    serializer: Callable[[Conversation], Stream],
+    tokens: int,
+    images: int,
+    oversize: str,
+) -> tuple[Stream | None, bool]:
+    """Serializes a conversation within the budget of a row.
+
+    Args:
+        oversize: "refuse", "drop" or "truncate": remove the last turns, down to one exchange of a user
+            and an assistant turn at least, always ending with an assistant turn.
+
+    Returns:
+        (stream, whether it was truncated); the stream is None when the conversation is to be left out.
+
+    Raises:
+        DataError: it is too long and `oversize` is "refuse".
+    """
+    stream = serializer(conversation)
+    length = stream_length(stream)
+    if _within(length, tokens, images):
+        return stream, False
+    if oversize == "refuse":
+        raise DataError(
+            f"record {conversation.id} needs {length['tokens']} tokens and {length['images']} images, a row "
+            f"holds {tokens} and {images}; raise data.tokens or data.images, or set data.oversize to "
+            "drop or truncate"
+        )
+    if oversize == "drop":
+        return None, False
+    # A longer beginning is never shorter as a stream, so the longest that fits can be bisected.
+    ends = [
+        t + 1
+        for t, turn in enumerate(conversation.turns[:-1])
+        if turn.role == "assistant" and any(earlier.role == "user" for earlier in conversation.turns[:t])
+    ]
+
+    def too_long(end: int) -> bool:
+        return not _within(stream_length(serializer(beginning(conversation, end))), tokens, images)
+
+    fitting = bisect.bisect_left(ends, True, key=too_long)
+    if not fitting:
+        return None, False
+    return serializer(beginning(conversation, ends[fitting - 1])), True
+
+
+def beginning(conversation: Conversation, turns: int) -> Conversation:
+    """The first `turns` turns, with the images they show."""
+    kept = conversation.turns[:turns]
+    shown = {part.ref for turn in kept for part in turn.parts if isinstance(part, Image)}
+    images = {ref: image for ref, image in conversation.images.items() if ref in shown}
+    return dataclasses.replace(conversation, turns=kept, images=images)
+
+
+def _within(length: dict[str, int], tokens: int, images: int) -> bool:
+    return length["tokens"] <= tokens and length["images"] <= images
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Fill:
+    """How full the rows of the batches seen so far were."""
+
+    rows: int = 0
+    conversations: int = 0
+    used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
+    room: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
+
+    def add(self, seen: Batch) -> None:
+        segments = seen["tokens"]["segment_ids"]
+        self.rows += len(segments)
+        self.conversations += int(segments.max(axis=-1).sum())
+        for axis in AXES:
+            ids = seen[axis]["segment_ids"]
+            self.used[axis] += int(np.count_nonzero(ids))
+            self.room[axis] += ids.size
+
+    def summary(self) -> dict[str, float]:
+        """Rows, conversations per row, and the filled fraction of both axes."""
+        rows = max(self.rows, 1)
+        rates = {f"{axis}_filled": self.used[axis] / max(self.room[axis], 1) for axis in AXES}
+        return {"rows": self.rows, "conversations_per_row": self.conversations / rows, **rates}

@@ -1,0 +1,216 @@
+"""From shard folders to batches: read, shuffle, mix, serialize, pack, batch, prefetch, with an exact state.
+
+    per source   shards -> shuffled anew every epoch, endless -> this process's share
+    together     mixed by weight -> decoded and serialized -> first fit into rows -> batches -> prefetched
+
+Everything up to packing is random access: element n of the endless order can be read at any time. So the
+whole state is a few integers, the next n and the n of the conversations in half-filled rows, and it does
+not depend on the number of workers or the depth of prefetching.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from umm_jax.config import DataConfig
+from umm_jax.conversation import Conversation
+from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, fit, pack_row
+from umm_jax.data.records import RecordSource, open_source
+from umm_jax.errors import ConfigError, DataError
+from umm_jax.stream import Stream, StreamSpec, check_stream, stream_length
+
+Serializer = Callable[[Conversation], Stream]  # with an attribute `spec`
+
+
+def make_loader(
+    data: DataConfig,
+    serializer: Serializer,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    skip: int = 0,
+) -> "Loader":
+    """The endless batches of one process.
+
+    Args:
+        data: what is read and how; `batch_size` counts rows over all processes.
+        serializer: callable with a `spec`; picklable if `data.workers` > 0.
+        process_index, process_count: which share of every source this process reads.
+        skip: conversations passed over at the start of this process's order.
+
+    Raises:
+        ConfigError: no source, a weight that is not positive, a batch that cannot be split.
+        DataError: a folder that cannot be read. Later, from the iterator: a broken or oversize record.
+    """
+    if not data.sources:
+        raise ConfigError("data.sources is empty; name at least one folder made by `umm data synthesize`")
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process {process_index} of {process_count}")
+    if data.batch_size % process_count:
+        raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by {process_count} processes")
+    parts = []
+    for k, source in enumerate(data.sources):
+        if source.weight <= 0:
+            raise ConfigError(f"data.sources.{k}.weight must be positive, got {source.weight}")
+        streams = _Streams(open_source(Path(source.path)), serializer, data)
+        # Shares are taken before mixing: the mixture is a fixed pattern, and a share of it could by
+        # chance hold one source only.
+        order = grain.MapDataset.source(streams).shuffle(seed=(data.shuffle_seed + 7919 * k) % 2**32)
+        parts.append(order.repeat()[process_index::process_count])
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in data.sources])
+    return Loader(mixed, serializer.spec, data, data.batch_size // process_count, skip)
+
+
+class Loader(Iterator[Batch]):
+    """Batches as nested dicts of numpy arrays, [B, T, ...] and [B, I, ...]; see :mod:`umm_jax.stream`.
+
+    The state counts batches already returned, not those prefetched, and is small and plain JSON.
+    """
+
+    def __init__(self, elements: grain.MapDataset, spec: StreamSpec, data: DataConfig, rows: int, skip: int):
+        packed = _Packed(elements, spec, data, skip).batch(rows, drop_remainder=True, batch_fn=batch)
+        self._batches = iter(
+            grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=data.prefetch)
+        )
+        self._fill = Fill()
+
+    def __next__(self) -> Batch:
+        result = next(self._batches)
+        self._fill.add(result)
+        return result
+
+    def get_state(self) -> dict[str, Any]:
+        """What :meth:`set_state` needs to go on after the last batch returned, bit for bit."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises DataError if `state` is not one of ours."""
+        if not isinstance(state, dict) or set(state) != set(_EMPTY):
+            raise DataError(f"not a state of this input pipeline: {str(state)[:80]}")
+        self._batches.set_state(state)
+
+    def stats(self) -> dict[str, float]:
+        """Fill rates of the batches returned by this object; conversations dropped and truncated in all."""
+        state = self.get_state()
+        return {**self._fill.summary(), "dropped": state["dropped"], "truncated": state["truncated"]}
+
+    def close(self) -> None:
+        """Stops the thread and the worker processes."""
+        self._batches.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class _Streams:
+    """Random access to (stream or None if dropped, truncated) of one source."""
+
+    def __init__(self, source: RecordSource, serializer: Serializer, data: DataConfig):
+        self.source, self.serializer = source, serializer
+        self.fit = partial(
+            fit, serializer=serializer, tokens=data.tokens, images=data.images, oversize=data.oversize
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Stream | None, bool]:
+        conversation = self.source.conversation(index)
+        try:
+            stream, truncated = self.fit(conversation)
+        except DataError as error:
+            raise DataError(f"{self.source.where(index)}: {error}") from None
+        if stream is not None:
+            check_stream(stream, self.serializer.spec)
+        return stream, truncated
+
+
+# --- packing as a Grain dataset -------------------------------------------------------------------
+
+_EMPTY = {"next": 0, "rows": [], "dropped": 0, "truncated": 0}
+_PATIENCE = 10_000  # conversations dropped in a row before giving up
+
+
+class _Packed(grain.IterDataset):
+    """Rows made by first fit from an endless random-access dataset."""
+
+    def __init__(self, parent: grain.MapDataset, spec: StreamSpec, data: DataConfig, skip: int):
+        super().__init__(parent)
+        self.elements, self.spec, self.data, self.skip = parent, spec, data, skip
+
+    def __iter__(self) -> "_PackedIterator":
+        return _PackedIterator(self.elements, self.spec, self.data, self.skip)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """See the module's first paragraph for the state."""
+
+    def __init__(self, elements: grain.MapDataset, spec: StreamSpec, data: DataConfig, skip: int):
+        super().__init__()
+        self._elements, self._spec, self._data = elements, spec, data
+        self._reader = None
+        self.set_state({**_EMPTY, "next": skip})
+
+    def __next__(self) -> Row:
+        closed, dropped_in_a_row = None, 0
+        while closed is None:
+            if self._reader is None:
+                self._reader = _read(self._elements, self._next, self._data.workers)
+            stream, truncated = next(self._reader)
+            n, self._next = self._next, self._next + 1
+            if stream is None:
+                self._dropped += 1
+                dropped_in_a_row += 1
+                if dropped_in_a_row == _PATIENCE:
+                    budget = f"data.tokens={self._data.tokens} or data.images={self._data.images}"
+                    raise DataError(f"{_PATIENCE} conversations in a row exceed {budget}; raise the budget")
+                continue
+            dropped_in_a_row = 0
+            self._truncated += truncated
+            closed = self._open.add((n, stream), stream_length(stream))
+        return pack_row([stream for _, stream in closed], self._spec, self._data.tokens, self._data.images)
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "next": self._next,
+            "rows": [[n for n, _ in row] for row in self._open.rows],
+            "dropped": self._dropped,
+            "truncated": self._truncated,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stop_reading()
+        self._next, self._dropped, self._truncated = state["next"], state["dropped"], state["truncated"]
+        bins = self._data.packing_bins if self._data.packing == "first_fit" else 0
+        self._open = FirstFit(self._data.tokens, self._data.images, bins)
+        self._open.restore([[self._again(n) for n in row] for row in state["rows"]])
+
+    def _again(self, n: int) -> tuple[tuple[int, Stream], dict[str, int]]:
+        stream, _ = self._elements[n]
+        return (n, stream), stream_length(stream)
+
+    def _stop_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def close(self) -> None:
+        super().close()
+        self._stop_reading()
+
+
+def _read(elements: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:
+    """Elements from `start` on, in order, decoded here or by `workers` processes."""
+    # No read-ahead threads: decoding holds the interpreter lock most of the time, and the prefetch thread
+    # behind packing already keeps ahead of the device.
+    dataset = elements[start:].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=64)
+        dataset = dataset.mp_prefetch(options)
+    return iter(dataset)
