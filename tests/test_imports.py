@@ -37,9 +37,27 @@ ROOMS = {
 ROOMS["cli"] = {*ROOMS} - {"__init__"}
 USES = ("generate", "router", "evaluate", "convert", "serve")
 
-EXTRAS = ("torch", "transformers", "diffusers", "tensorflow", "tensorflow_datasets", "gradio", "apache_beam", "wandb")
+EXTRAS = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "tensorflow",
+    "tensorflow_datasets",
+    "gradio",
+    "apache_beam",
+    "wandb",
+)
 ACCELERATED = ("jax", "jaxlib", "flax", "optax", "orbax")
-MESH_NAMES = ("Mesh", "AbstractMesh", "NamedSharding", "PartitionSpec", "AxisType", "make_mesh", "set_mesh", "use_mesh")
+MESH_NAMES = (
+    "Mesh",
+    "AbstractMesh",
+    "NamedSharding",
+    "PartitionSpec",
+    "AxisType",
+    "make_mesh",
+    "set_mesh",
+    "use_mesh",
+)
 # The one file of data/ that may touch JAX: it puts batches on the mesh.
 LAST_OF_THE_PIPELINE = "umm_jax.data.pipeline"
 # Kernel adapters that may reach into private JAX, each guarded and commented in its file.
@@ -119,7 +137,18 @@ def loop_is_private(i: Import) -> str | None:
 
 def pure_models(i: Import) -> str | None:
     pure = room(i.module) == "models" or (room(i.module) == "families" and i.module.endswith(".model"))
-    unknown = ("os", "io", "pathlib", "shutil", "argparse", "absl", "orbax", "grain", "array_record", "ml_collections")
+    unknown = (
+        "os",
+        "io",
+        "pathlib",
+        "shutil",
+        "argparse",
+        "absl",
+        "orbax",
+        "grain",
+        "array_record",
+        "ml_collections",
+    )
     if pure and starts(i.name, unknown):
         return "models know no files, flags, Orbax or Grain"
     return None

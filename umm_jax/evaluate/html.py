@@ -11,41 +11,51 @@ from collections.abc import Iterable, Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 
 STYLE = """
-:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d2126;--soft:#626b76;--line:#e4e1da;--track:#eeebe4;
+:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d2126;--soft:#626b76;--line:#e4e1da;
+--track:#eeebe4;
 --accent:#2f6fdb;--good:#23875a;--bad:#c4473d;--mine:#2f6fdb;--mine-ink:#fff;--theirs:#f0ede6;
 --c0:#2f6fdb;--c1:#d97a1e;--c2:#23875a;--c3:#8a55c8;--c4:#c4473d;--c5:#178a99;--c6:#a3801a;--c7:#c2508f}
-@media (prefers-color-scheme:dark){:root{--paper:#14161a;--card:#1c1f25;--ink:#e6e8eb;--soft:#97a0ab;--line:#2c3038;
---track:#282c34;--accent:#7aa7ff;--good:#5cc796;--bad:#f0837a;--mine:#2c5fbd;--mine-ink:#fff;--theirs:#262a32;
+@media (prefers-color-scheme:dark){:root{--paper:#14161a;--card:#1c1f25;--ink:#e6e8eb;--soft:#97a0ab;
+--line:#2c3038;
+--track:#282c34;--accent:#7aa7ff;--good:#5cc796;--bad:#f0837a;--mine:#2c5fbd;--mine-ink:#fff;
+--theirs:#262a32;
 --c0:#7aa7ff;--c1:#f2a356;--c2:#5cc796;--c3:#bb94ee;--c4:#f0837a;--c5:#58c3d0;--c6:#d6b655;--c7:#ec8cc0}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:48px 24px 96px}
 h1{font-size:34px;line-height:1.15;letter-spacing:-.02em;margin:0 0 8px}
 h2{font-size:21px;letter-spacing:-.01em;margin:56px 0 6px}
 h3{font-size:15px;margin:0 0 10px}
 p{max-width:72ch;margin:0 0 14px}
 .soft{color:var(--soft)}.small{font-size:13.5px}
-code,pre,.num{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-variant-numeric:tabular-nums}
+code,pre,.num{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+font-variant-numeric:tabular-nums}
 code{font-size:.92em}pre{font-size:12.5px;line-height:1.45;overflow:auto;margin:12px 0 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px}
 .facts{display:flex;flex-wrap:wrap;gap:8px 28px;margin:20px 0 0;padding:0}
-.facts div{min-width:96px}.facts dt{color:var(--soft);font-size:13px}.facts dd{margin:0;font-size:19px;font-weight:600}
+.facts div{min-width:96px}.facts dt{color:var(--soft);font-size:13px}.facts dd{margin:0;font-size:19px;
+font-weight:600}
 .grid{display:grid;gap:14px}.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
 .tiles{grid-template-columns:repeat(auto-fill,minmax(232px,1fr))}
 .skill header{display:flex;align-items:baseline;justify-content:space-between;gap:12px}
 .skill h3{margin:0}.skill b{font-size:24px;letter-spacing:-.01em}
-.bar{display:grid;grid-template-columns:minmax(92px,34%) 1fr 44px;gap:10px;align-items:center;font-size:13px;margin-top:5px}
+.bar{display:grid;grid-template-columns:minmax(92px,34%) 1fr 44px;gap:10px;align-items:center;
+font-size:13px;margin-top:5px}
 .bar .name{color:var(--soft);overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar .num{text-align:right;color:var(--soft)}
 .track{height:7px;border-radius:4px;background:var(--track);overflow:hidden;display:block}
 .track i{display:block;height:100%;border-radius:4px;background:var(--soft);opacity:.55}
 .bar.model{margin-top:12px}.bar.model .name,.bar.model .num{color:var(--ink);font-weight:600}
-.bar.model .track{height:12px;border-radius:6px}.bar.model .track i{background:var(--accent);opacity:1;border-radius:6px}
+.bar.model .track{height:12px;border-radius:6px}.bar.model .track i{background:var(--accent);opacity:1;
+border-radius:6px}
 .tile{display:flex;flex-direction:column;gap:10px}.tile .say{font-size:13.5px;line-height:1.4;flex:1}
 .pics{display:flex;gap:10px;align-items:flex-end}
 figure{margin:0}figcaption{font-size:12px;color:var(--soft);margin-top:3px}
-img.px{image-rendering:pixelated;display:block;border-radius:6px;border:1px solid var(--line);width:92px;height:auto}
-.tag{display:inline-block;font-size:12px;font-weight:600;border-radius:99px;padding:0 9px;border:1px solid currentColor}
+img.px{image-rendering:pixelated;display:block;border-radius:6px;border:1px solid var(--line);width:92px;
+height:auto}
+.tag{display:inline-block;font-size:12px;font-weight:600;border-radius:99px;padding:0 9px;
+border:1px solid currentColor}
 .tag.good{color:var(--good)}.tag.bad{color:var(--bad)}
 .chat{display:flex;flex-direction:column;gap:8px;max-width:640px}
 .bubble{border-radius:16px;padding:9px 14px;max-width:80%;align-self:flex-start;background:var(--theirs)}
@@ -54,7 +64,8 @@ img.px{image-rendering:pixelated;display:block;border-radius:6px;border:1px soli
 .verdict{font-size:12.5px;color:var(--soft);margin:-4px 6px 6px}.verdict.bad{color:var(--bad)}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{font-size:11px;fill:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12.5px;margin-top:8px;color:var(--soft)}
-.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
+.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;
+vertical-align:middle}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px;width:100%}
 th,td{text-align:left;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:baseline}
 th{color:var(--soft);font-weight:500}td.num,th.num{text-align:right}
@@ -112,7 +123,8 @@ def skill(title: str, value: float, stderr: float | None, n: int, oracles: Mappi
     """A card: the figure, its standard error, and thin bars of what shortcuts reach on the same items."""
     error = "" if stderr is None else f" ± {number(stderr)}"
     return (
-        f'<article class="card skill"><header><h3>{escape(title)}</h3><b class="num">{number(value)}</b></header>'
+        f'<article class="card skill"><header><h3>{escape(title)}</h3>'
+        f'<b class="num">{number(value)}</b></header>'
         f'<div class="soft small num">n = {n}{error}</div>{_bar("this model", value, "model")}'
         + "".join(_bar(name, v) for name, v in sorted(oracles.items(), key=lambda kv: -kv[1]))
         + "</article>"
@@ -196,7 +208,7 @@ def curves(
     """A card with lines over training steps, the last value of each in the legend.
 
     Args:
-        series: name -> (step, value) points; not finite values (and, on a log axis, values <= 0) are left out.
+        series: name -> (step, value) points. Left out are infinities, NaN and, on a log axis, values <= 0.
         log: logarithmic y axis.
         y: fixed range of the y axis; the range of the data otherwise.
 

@@ -1,11 +1,13 @@
 """Model families by name. A family is a folder here; its parts load when they are asked for.
 
-``families.get("mm_interleaved")`` imports nothing but the (empty) package of the family, so that a data worker
-that reads ``.stream`` never loads JAX. A new family is a new folder with the same five files:
+``families.get("mm_interleaved")`` imports nothing but the (empty) package of the family, so that a data
+worker that reads ``.stream`` never loads JAX. A new family is a new folder with the same five files:
 
-    config.py    ModelConfig, a frozen dataclass            stream.py    Serializer: Conversation -> Stream (numpy)
-    model.py     build(config, rngs) -> nnx.Module          generate.py  Replier: conversations -> replies
-    weights.py   names and layouts of released checkpoints
+    config.py      ModelConfig, a frozen dataclass
+    stream.py      Serializer: Conversation -> Stream (numpy only)
+    model.py       build(config, rngs) -> nnx.Module
+    generate.py    Replier: conversations -> replies
+    weights.py     names and layouts of released checkpoints
 """
 
 import importlib
@@ -19,7 +21,7 @@ PARTS = ("config", "stream", "model", "generate", "weights")
 
 
 class Family:
-    """Namespace of one family's modules: ``family.config``, ``.stream``, ``.model``, ``.generate``, ``.weights``."""
+    """Namespace of one family's modules, ``family.config`` and so on, each loaded when asked for."""
 
     def __init__(self, name: str):
         self.name = name

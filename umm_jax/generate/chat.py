@@ -118,7 +118,9 @@ class Chat:
     def save(self, path: str) -> None:
         target = Path(path).expanduser()
         if not path or target.suffix not in (".json", ".png"):
-            raise ConfigError("/save needs a file name that ends in .json (conversation) or .png (newest picture)")
+            raise ConfigError(
+                "/save needs a file name that ends in .json (conversation) or .png (newest picture)"
+            )
         if target.suffix == ".json":
             if not self.conversation.turns:
                 raise ConfigError("there is nothing to save yet")

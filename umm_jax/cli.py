@@ -1,0 +1,381 @@
+"""The ``umm`` command: parse, load the config, call one function.
+
+Nothing heavy is imported until a command runs. What the user can mend is one line on stderr and an exit
+status of its own (see :mod:`umm_jax.errors`); anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import errno
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from umm_jax.config import suggest
+from umm_jax.errors import ConfigError, StorageError, UserError
+
+DEMO_CONFIG = "configs/world_tiny.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit status."""
+    try:
+        dispatch(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output left (`umm ... | head`); nothing more may be written to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        return _complain(f"{error.filename or 'output'}: {error.strerror}", StorageError.exit_status)
+    return 0
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Parses and runs one command line; raises UserError."""
+    args, extra = parser().parse_known_args(argv)
+    overrides, rest = split_overrides(extra)
+    if rest or (overrides and not args.overridable):
+        odd = (rest or overrides)[0]
+        known = [option for action in args.parser._actions for option in action.option_strings]
+        hint = suggest(odd.partition("=")[0], known) if odd.startswith("-") else ""
+        raise ConfigError(f"{args.parser.prog}: unknown argument {odd!r}{hint}")
+    args.overrides = overrides
+    args.run(args)
+
+
+def split_overrides(extra: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of the arguments argparse left over: config overrides, as "--config.a.b=value", and the rest.
+
+    ``--config.a.b value`` is accepted too, as ml_collections does.
+    """
+    overrides, rest = [], []
+    words = iter(extra)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"{word}: an override is written {word}=VALUE")
+            overrides.append(f"{word}={value}")
+    return overrides, rest
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"umm: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+# --- the grammar of the command line ------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors: one line, with the nearest name where one was misspelt."""
+
+    def __init__(self, **options):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
+        )
+
+    def error(self, message: str):
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            choices = re.findall(r"[\w-]+", wrong[2])
+            raise ConfigError(f"{self.prog}: {wrong[1]!r} is unknown{suggest(wrong[1], choices)}")
+        raise ConfigError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="umm", description="Conversational unified multimodal models in JAX.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(into, name: str, run, text: str, *, overridable: bool = False) -> argparse.ArgumentParser:
+        made = into.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run, overridable=overridable, parser=made)
+        if overridable:
+            made.epilog = "Any value of the config is set with --config.a.b=VALUE."
+        return made
+
+    data = commands.add_parser("data", help="write and look at conversations on disk")
+    of_data = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    p = command(of_data, "synthesize", _synthesize, "Write conversations of the world as ArrayRecord shards.")
+    p.add_argument("--source", default="world", choices=["world"], help="what generates the conversations")
+    p.add_argument("--preset", default="tiny", help="world preset")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
+    )
+    p.add_argument("--count", type=_positive, required=True, help="number of conversations")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--seed", type=int, default=0, help="another seed, other conversations")
+    p.add_argument("--split", default="train", help="which scenes may appear")
+    p.add_argument("--shards", type=_positive, default=4, help="number of files")
+    p.add_argument("--workers", type=int, default=1, help="processes that generate")
+
+    p = command(of_data, "tokenizer", _tokenizer, "Train a tokenizer that knows every word of the world.")
+    p.add_argument("--preset", default="tiny", help="world preset")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
+    )
+    p.add_argument("--out", required=True, help="file to write, for example runs/demo/tokenizer.model")
+    p.add_argument("--vocab", type=_positive, default=1024, help="largest number of pieces")
+
+    p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
+    p.add_argument("path", help="an .array_record file, a folder of them, or a .json file")
+    p.add_argument("--index", type=int, default=0, help="first conversation to show")
+    p.add_argument("--count", type=_positive, default=1, help="how many to show")
+    p.add_argument("--images", metavar="FOLDER", help="write their pictures there")
+
+    p = command(of_data, "stats", _stats, "Count what a folder of shards holds.")
+    p.add_argument("path", help="a folder of shards, or one of them")
+    p.add_argument("--limit", type=_positive, default=2000, help="conversations to read at most")
+
+    p = command(
+        commands, "train", _train, "Train the model of a config, or go on with a run.", overridable=True
+    )
+    p.add_argument("--config", required=True, help="a .py file with get_config(), or a run's config.json")
+    p.add_argument("--workdir", required=True, help="folder of the run; an interrupted run there is resumed")
+
+    p = command(commands, "eval", _eval, "Judge a run on the skills of its world, beside shortcut oracles.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--step", type=int, help="checkpoint to judge (default: the newest)")
+    p.add_argument("--splits", help="held-out splits, comma-separated (default: those of the config)")
+    p.add_argument("--items", type=_positive, help="items per skill (default: that of the config)")
+    p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
+    p.add_argument("--again", action="store_true", help="judge anew what was already judged")
+
+    p = command(commands, "report", _report, "Write report.json and report.html of a judged run.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+
+    p = command(commands, "chat", _chat, "Talk with a trained model. /help lists what else can be typed.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
+    p.add_argument(
+        "--say", action="append", metavar="LINE", help="say this instead of asking; may be repeated"
+    )
+    p.add_argument("--seed", type=int, default=0, help="the same words and seed give the same replies")
+    p.add_argument(
+        "--preview", choices=["auto", "always", "never"], default="auto", help="pictures in the terminal"
+    )
+
+    p = command(
+        commands, "demo", _demo, "Make data, train, judge and report a small model.", overridable=True
+    )
+    p.add_argument("--config", default=DEMO_CONFIG, help="a config with a world section")
+    p.add_argument("--workdir", default="runs/demo", help="folder of the run; an interrupted demo is resumed")
+    p.add_argument("--seed", type=int, help="seed of data and training (default: that of the config)")
+
+    command(commands, "version", _version, "Print the versions of umm_jax and of what it stands on.")
+    return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+# --- the commands -------------------------------------------------------------------------------------
+
+
+def _world(args):
+    """The WorldConfig of --preset and --set."""
+    import json
+
+    from umm_jax.world.scene import WorldConfig
+
+    values = {}
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return WorldConfig.preset(args.preset, **values)
+
+
+def _synthesize(args) -> None:
+    import functools
+
+    from tqdm import tqdm
+
+    from umm_jax.config import to_dict
+    from umm_jax.data.synthesis import synthesize
+
+    world = _world(args)
+    how = {"source": args.source, "world": to_dict(world), "seed": args.seed, "split": args.split}
+    make = functools.partial(_nth_dialogue, world, args.seed, args.split)
+    with tqdm(total=args.count, desc="synthesize", unit=" dialogues", disable=None) as bar:
+        source = synthesize(
+            make,
+            args.count,
+            args.out,
+            how=how,
+            shards=args.shards,
+            workers=args.workers,
+            name=args.split,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+    print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
+
+
+def _nth_dialogue(world, seed: int, split: str, index: int):
+    """Dialogue `index`; at module level, so that the processes of synthesize can be given it."""
+    from umm_jax.world.dialogue import sample_dialogue
+
+    return sample_dialogue(world, seed, index, split)
+
+
+def _tokenizer(args) -> None:
+    from umm_jax.data.files import storage_errors
+    from umm_jax.data.tokenizer import Tokenizer
+    from umm_jax.world import corpus
+
+    world, out = _world(args), Path(args.out)
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    made = Tokenizer.train(corpus.vocabulary_text(world), out, corpus.control_pieces(world), args.vocab)
+    print(f"{out}: {made.size} pieces")
+
+
+def _inspect(args) -> None:
+    from umm_jax.data.inspect import open_any, show
+    from umm_jax.errors import DataError
+
+    found = open_any(args.path)
+    if not 0 <= args.index < len(found):
+        raise DataError(
+            f"{args.path}: there is no record {args.index}; it holds {len(found)}, counted from 0"
+        )
+    last = min(args.index + args.count, len(found))
+    print(f"{args.path}: records {args.index} to {last - 1} of {len(found)}")
+    for index in range(args.index, last):
+        print("\n" + show(found[index], args.images))
+
+
+def _stats(args) -> None:
+    import json
+
+    from umm_jax.data.inspect import open_any, statistics
+
+    print(json.dumps(statistics(open_any(args.path), args.limit), indent=1, ensure_ascii=False))
+
+
+def _train(args) -> None:
+    from umm_jax import config
+    from umm_jax.evaluate import cost
+
+    run = config.load(args.config, args.overrides)
+    with cost.stage(args.workdir, "train"):
+        # JAX is loaded inside, so that its start counts as part of the stage.
+        from umm_jax.evaluate.runner import in_training
+        from umm_jax.train.loop import train
+
+        watched = run.train.eval_every and run.train.objective == "model"
+        train(run, args.workdir, on_eval=in_training(run, args.workdir) if watched else None)
+
+
+def _eval(args) -> None:
+    from umm_jax.evaluate import cost
+
+    with cost.stage(args.folder, "evaluate"):
+        from umm_jax.evaluate import runner
+
+        splits = args.splits.split(",") if args.splits else None
+        results = runner.evaluate(
+            args.folder,
+            step=args.step,
+            splits=splits,
+            items=args.items,
+            weights=args.weights,
+            again=args.again,
+        )
+    print(runner.summary(results))
+
+
+def _report(args) -> None:
+    from umm_jax.evaluate import report
+
+    for path in report.write(args.folder).values():
+        print(f"wrote {path}")
+
+
+def _chat(args) -> None:
+    from umm_jax.generate import chat, load_run
+
+    loaded = load_run(args.folder, args.step, args.weights)
+    colour = args.preview == "always" or (args.preview == "auto" and chat.shows_colour(sys.stdout))
+    talk = chat.Chat(
+        loaded.replier, loaded.run.reply, Path(args.folder) / "chat", seed=args.seed, colour=colour
+    )
+    if args.say:
+        chat.run(talk, args.say, stop_on_error=True)
+        return
+    print(
+        f"{args.folder}, step {loaded.step}. The first reply takes a while (compiling). /help lists commands."
+    )
+    chat.run(talk, chat.typed())
+
+
+def _demo(args) -> None:
+    from umm_jax import config
+    from umm_jax.evaluate import cost
+
+    workdir = Path(args.workdir)
+    seeds = (
+        []
+        if args.seed is None
+        else [f"--config.{k}={args.seed}" for k in ("train.seed", "data.shuffle_seed")]
+    )
+    overrides = [*seeds, *args.overrides]
+    run = config.load(args.config, overrides)
+    if "count" not in run.world:
+        raise ConfigError(f"{args.config}: a demo needs a world section with preset, count and overrides")
+    world = [f"--preset={run.world.get('preset', 'tiny')}"]
+    world += [f"--set={k}={_json(v)}" for k, v in run.world.get("overrides", {}).items()]
+    data, tokenizer = workdir / "data", workdir / "tokenizer.model"
+    overrides += [
+        f"--config.data.sources={_json([{'path': str(data)}])}",
+        f"--config.data.tokenizer={tokenizer}",
+    ]
+
+    # What is finished already is found finished by each command itself.
+    with cost.stage(workdir, "data"):
+        synthesize = ["data", "synthesize", "--source=world", *world, f"--count={run.world['count']}"]
+        _do(*synthesize, f"--seed={run.train.seed}", f"--out={data}", f"--workers={os.cpu_count() or 1}")
+        if not tokenizer.exists():
+            _do("data", "tokenizer", *world, f"--out={tokenizer}")
+    _do("train", f"--config={args.config}", f"--workdir={workdir}", *overrides)
+    _do("eval", f"--run={workdir}")
+    _do("report", f"--run={workdir}")
+    print(f"\nLook at   {workdir / 'report.html'}\nTalk to   umm chat --run={shlex.quote(str(workdir))}")
+
+
+def _do(*argv: str) -> None:
+    """Shows a command line and runs it, here in this process."""
+    print(f"\n$ umm {shlex.join(argv)}", flush=True)
+    dispatch(argv)
+
+
+def _json(value) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _version(args) -> None:
+    from umm_jax.evaluate.report import versions
+
+    print("  ".join(f"{name} {number}" for name, number in versions().items()))
