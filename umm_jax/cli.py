@@ -379,3 +379,7 @@ def _version(args) -> None:
     from umm_jax.evaluate.report import versions
 
     print("  ".join(f"{name} {number}" for name, number in versions().items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from umm_jax.data.files import write_atomic
+from umm_jax.errors import Interrupted
 
 FILE = "cost.json"
 
@@ -20,19 +21,29 @@ def read(workdir: str | Path) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def stage(workdir: str | Path, name: str) -> Iterator[None]:
-    """Adds the time of the block to stage `name` of the run, also when the block is interrupted."""
+    """Adds the time of the block to stage `name` of the run, also when the block is interrupted.
+
+    A block that fails is not recorded: the folder may not be a run's.
+    """
     start = time.perf_counter()
     try:
         yield
-    finally:
-        if Path(workdir).is_dir():
-            stages = read(workdir)
-            before = stages.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
-            stages[name] = {
-                "seconds": round(before["seconds"] + time.perf_counter() - start, 2),
-                "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
-            }
-            write_atomic(Path(workdir) / FILE, json.dumps(stages, indent=1) + "\n")
+    except (Interrupted, KeyboardInterrupt):
+        _add(Path(workdir), name, time.perf_counter() - start)
+        raise
+    _add(Path(workdir), name, time.perf_counter() - start)
+
+
+def _add(workdir: Path, name: str, seconds: float) -> None:
+    if not workdir.is_dir():
+        return
+    stages = read(workdir)
+    before = stages.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
+    stages[name] = {
+        "seconds": round(before["seconds"] + seconds, 2),
+        "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
+    }
+    write_atomic(workdir / FILE, json.dumps(stages, indent=1) + "\n")
 
 
 def peak_memory() -> int:

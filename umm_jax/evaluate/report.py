@@ -102,7 +102,7 @@ def _read_json(path: Path, missing: str) -> Any:
 def read_curves(path: Path) -> dict[str, list[list[float]]]:
     """{metric: [[step, value], ...]} of a metrics file; the torn last line of a killed run is left out.
 
-    A step that was logged again after a resume counts once, as it was last.
+    Lines that describe the start of a run, and what an evaluation cost, are no curves. A step that was logged again after a resume counts once, as it was last.
     """
     if not path.exists():
         return {}
@@ -116,6 +116,8 @@ def read_curves(path: Path) -> dict[str, list[list[float]]]:
                 break
             raise DataError(f"{path}, line {number + 1}: damaged ({error})") from None
         for name, value in row.items():
+            if row.get("kind") == "run" or (row.get("kind") == "eval" and not name.startswith("eval/")):
+                continue
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 if math.isfinite(value):
                     curves.setdefault(name, {})[row["step"]] = value
@@ -176,8 +178,8 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
         head
         + html.section(
             "What it learned",
-            f"On {split} items it was not trained on. The thin bars are shortcuts, scored by the same judge on "
-            "the same items: a skill counts for what it has beyond them.",
+            f"On {split} items it was not trained on. The thin bars are shortcuts, scored by the same judge "
+            "on the same items: a skill counts for what it has beyond them.",
             html.grid(_skill(t, report["skills"][k]) for k, t in HEADLINE.items() if k in report["skills"]),
         )
         + html.section("How it learned", "Over optimizer steps.", html.grid(_curves(report["curves"])))

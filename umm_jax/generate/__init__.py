@@ -36,16 +36,16 @@ def load_run(run_dir: str | Path, step: int | None = None, weights: str | None =
         CheckpointError: not a run directory, no such checkpoint, or none of averaged weights.
         DataError: its tokenizer cannot be read.
     """
-    from umm_jax import families
-    from umm_jax.data.tokenizer import Tokenizer
-    from umm_jax.train.checkpoint import Checkpoints, load_params
-    from umm_jax.train.optimizer import flatten
-
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: no run here (no config.json); train one: umm train --workdir={folder}"
         )
+    from umm_jax import families
+    from umm_jax.data.tokenizer import Tokenizer
+    from umm_jax.train.checkpoint import Checkpoints, load_params
+    from umm_jax.train.optimizer import flatten
+
     weights = weights or configs.load(folder / "config.json").eval.weights
     if step is None:
         step = Checkpoints(folder / "checkpoints", read_only=True).latest()
