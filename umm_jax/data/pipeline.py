@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+from absl import flags
 
 from umm_jax.config import DataConfig
 from umm_jax.conversation import Conversation
@@ -211,6 +212,9 @@ def _read(elements: grain.MapDataset, start: int, workers: int) -> grain.Dataset
     # behind packing already keeps ahead of the device.
     dataset = elements[start:].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
+        # Grain reads its debugging flags when it starts processes, and absl wants them parsed by then.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=64)
         dataset = dataset.mp_prefetch(options)
     return iter(dataset)
