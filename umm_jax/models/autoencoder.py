@@ -35,6 +35,7 @@ class AutoencoderConfig:
         latent_channels: channels of the latent.
         quant: whether 1x1 convolutions stand on both sides of the latent.
         scale, shift: latent = (posterior sample - shift) * scale, chosen so that latents have unit variance.
+            A scale of None is Stable Diffusion's 0.18215 for ``kl`` and 1 for ``identity``.
         norm_groups: groups of every norm.
         kl_weight: weight of the KL term (nats per image over the number of pixel values) in :meth:`loss`.
     """
@@ -44,7 +45,7 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     latent_channels: int = 4
     quant: bool = True
-    scale: float = 0.18215
+    scale: float | None = None
     shift: float = 0.0
     norm_groups: int = 32
     kl_weight: float = 1e-6
@@ -58,6 +59,13 @@ class AutoencoderConfig:
             for width in self.widths:
                 if width % self.norm_groups:
                     raise ConfigError(f"width {width} does not divide into norm_groups={self.norm_groups}")
+
+    @property
+    def latent_scale(self) -> float:
+        """`scale` with its default resolved."""
+        if self.scale is not None:
+            return self.scale
+        return 0.18215 if self.kind == "kl" else 1.0
 
     @property
     def factor(self) -> int:
@@ -199,11 +207,11 @@ class KLAutoencoder(nnx.Module):
 
     def encode(self, pixels: jax.Array, key: jax.Array | None) -> jax.Array:
         """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c]: a posterior sample, its mean without key."""
-        return (self.posterior(pixels).sample(key) - self.config.shift) * self.config.scale
+        return (self.posterior(pixels).sample(key) - self.config.shift) * self.config.latent_scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped."""
-        return self._decode(latents / self.config.scale + self.config.shift)
+        return self._decode(latents / self.config.latent_scale + self.config.shift)
 
     def _decode(self, latents: jax.Array) -> jax.Array:
         return self.decoder(latents if self.post_quant is None else self.post_quant(latents))
@@ -240,11 +248,11 @@ class IdentityAutoencoder(nnx.Module):
 
     def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Pixels [B, h, w, 3] in [-1, 1] -> latents of the same shape."""
-        return (pixels - self.config.shift) * self.config.scale
+        return (pixels - self.config.shift) * self.config.latent_scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [B, h, w, 3] -> pixels."""
-        return latents / self.config.scale + self.config.shift
+        return latents / self.config.latent_scale + self.config.shift
 
     def loss(self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None):
         """Raises ConfigError: there is nothing to train."""
