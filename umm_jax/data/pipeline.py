@@ -8,6 +8,7 @@ whole state is a few integers, the next n and the n of the conversations in half
 not depend on the number of workers or the depth of prefetching.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -73,10 +74,18 @@ class Loader(Iterator[Batch]):
 
     def __init__(self, elements: grain.MapDataset, spec: StreamSpec, data: DataConfig, rows: int, skip: int):
         packed = _Packed(elements, spec, data, skip).batch(rows, drop_remainder=True, batch_fn=batch)
-        self._batches = iter(
-            grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=data.prefetch)
-        )
+        prefetched = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=data.prefetch)
         self._fill = Fill()
+        # Held in a list, so that the last reference is gone once closed, and closed at the latest when the
+        # interpreter ends: later Grain's own clean-up finds its modules taken down and complains.
+        self._live = [iter(prefetched)]
+        self._finalizer = weakref.finalize(self, _close, self._live)
+
+    @property
+    def _batches(self) -> grain.DatasetIterator:
+        if not self._live:
+            raise ValueError("this loader is closed")
+        return self._live[0]
 
     def __next__(self) -> Batch:
         result = next(self._batches)
@@ -100,13 +109,17 @@ class Loader(Iterator[Batch]):
 
     def close(self) -> None:
         """Stops the thread and the worker processes."""
-        self._batches.close()
+        self._finalizer()
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _close(live: list[grain.DatasetIterator]) -> None:
+    live.pop().close()
 
 
 class _Streams:
