@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from umm_jax.conversation import Conversation, Image, ImageData, RecordError, Text, Turn
+from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, RecordError, TaskCall, Text, Turn
 from umm_jax.data.files import storage_errors, write_atomic
-from umm_jax.data.inspect import open_any, show, statistics
+from umm_jax.data.inspect import inspect, open_any, preview, show, stats, write_html
 from umm_jax.data.records import ShardWriter, file_sha256, open_source, write_manifest
 from umm_jax.data.synthesis import synthesize
+from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import ConfigError, DataError, Interrupted, StorageError
 
 
@@ -284,12 +285,88 @@ def test_a_broken_record_is_named(tmp_path):
 # --- looking --------------------------------------------------------------------------------------
 
 
-def test_statistics_count_a_folder(folder):
-    counts = statistics(open_any(folder), limit=100)
-    assert counts["records"] == counts["read"] == 10
+def rich() -> Conversation:
+    """A record with every kind of part, and text that would break a page."""
+    image = ImageData.from_array(np.full((4, 6, 3), (10, 20, 30), np.uint8))
+    region = np.zeros((4, 6), bool)
+    region[1:3, 2:4] = True
+    shown = (
+        Text("<script>&"),
+        Image("a"),
+        Box("a", (0.25, 0, 0.5, 1), "<dot>"),
+        Mask.from_array("a", region),
+    )
+    turns = (
+        Turn("user", shown),
+        Turn("assistant", (TaskCall("draw", {"n": 2}),), loss=True, depends_on=(0,)),
+    )
+    return Conversation("<r>", turns, {"a": image}, license="CC0-1.0", provenance=("made", "checked"))
+
+
+def test_statistics_count_a_folder(folder, tmp_path):
+    counts = stats(folder)
+    assert counts["records"] == counts["read"] == 10 and "tokens per record" not in counts
     assert counts["op"] == {"draw": 10} and counts["image size"] == {"4 x 4": 10}
+    tokenizer = Tokenizer.train(["draw 1", "draw 2"], tmp_path / "t.model", vocab=300)
+    tokens = [len(tokenizer.encode(f"draw {index}")) for index in range(10)]
+    assert stats(folder, tokenizer)["tokens per record"] == {"mean": sum(tokens) / 10, "max": max(tokens)}
+    assert stats(folder, limit=4)["read"] == 4
 
 
 def test_show_names_every_part():
-    text = show(Make()(3))
-    assert "record r3" in text and "draw 3" in text and "4 x 4" in text and "assistant" in text
+    text = show(rich())
+    for expected in (
+        "record <r>",
+        "license=CC0-1.0",
+        "made > checked",
+        "<script>&",
+        "6 x 4 image/png",
+        "box <dot> of a: 0.250, 0.000, 0.500, 1.000",
+        "mask of a: 4 of 24 pixels",
+        "task draw(n=2)",
+        "learned, depends on 0",
+    ):
+        assert expected in text, expected
+    assert "\x1b" not in text
+
+
+def test_inspect_limits_and_draws_in_colour(folder):
+    assert inspect(folder, 2).count("record r") == 2 and "2 of 10 conversations" in inspect(folder, 2)
+    assert "\x1b[38;2;10;20;30;48;2;10;20;30m\u2580" in show(rich(), colour=True)
+    pixels = np.arange(2 * 50 * 3, dtype=np.uint8).reshape(2, 50, 3)
+    assert [line.count("\u2580") for line in preview(pixels, 10).splitlines()] == [10]
+    assert [line.count("\u2580") for line in preview(pixels[:, :3], 10).splitlines()] == [9] * 3
+
+
+def test_files_of_conversations_are_opened(tmp_path):
+    records = [Make()(index) for index in range(3)]
+    lines = [record.to_json() for record in records]
+    (tmp_path / "one.json").write_text(json.dumps(json.loads(lines[0]), indent=2))
+    (tmp_path / "list.json").write_text(f"[{','.join(lines)}]")
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "all.msgpack").write_bytes(b"".join(record.to_msgpack() for record in records))
+    assert list(open_any(tmp_path / "one.json")) == records[:1]
+    for name in ("list.json", "lines.jsonl", "all.msgpack"):
+        assert list(open_any(tmp_path / name)) == records
+    (tmp_path / "lines.jsonl").write_text(lines[0] + "\n" + lines[1][:-9])
+    (tmp_path / "all.msgpack").write_bytes(records[0].to_msgpack() + records[1].to_msgpack()[:-9])
+    (tmp_path / "empty.json").write_text("")
+    for name, message in [
+        ("lines.jsonl", "lines.jsonl, line 2: not a JSON"),
+        ("all.msgpack", "all.msgpack, record 1: damaged or half-written"),
+        ("empty.json", "holds no conversations"),
+        ("nope.json", "no such data folder"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_any(tmp_path / name)
+
+
+def test_a_page_is_whole_and_escapes_its_text(tmp_path):
+    path = tmp_path / "page.html"
+    write_html([rich(), Make()(0)], path, title="a < b")
+    page = path.read_text()
+    assert "<script>" not in page and "&lt;script&gt;&amp;" in page and "a &lt; b" in page
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page
+    assert "left:25.00%;top:0.00%;width:25.00%;height:100.00%" in page and "&lt;dot&gt; of a" in page
+    assert page.count("<article>") == page.count("</article>") == 2
+    assert page.count("<section") == page.count("</section>") == 4

@@ -1,16 +1,24 @@
-"""Looking at conversations on disk: one as a reader would see it, many as counts."""
+"""Looking at conversations on disk: one as a reader would see it, many as counts, or as a page to scroll."""
 
+import io
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text
 from umm_jax.data.files import storage_errors
+from umm_jax.data.html import write_html
 from umm_jax.data.records import open_source
+from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import DataError
+
+__all__ = ["inspect", "open_any", "preview", "show", "statistics", "stats", "write_html"]
 
 
 class _Shard(Sequence):
@@ -51,29 +59,77 @@ class _Folder(Sequence):
 
 
 def open_any(path: str | Path) -> Sequence[Conversation]:
-    """The conversations of a finished folder, of one shard, or of a .json file (one record a line).
+    """The conversations of a finished folder, of one shard, or of a .json, .jsonl or .msgpack file.
+
+    A .json file holds one record, a list of them, or one a line; a .msgpack file one after the other.
 
     Raises:
         DataError: missing, empty, half-written, or not conversations; records are validated when read.
     """
     path = Path(path)
-    if path.is_file() and path.suffix in (".json", ".jsonl"):
-        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
-        found = []
-        for number, line in enumerate(lines):
-            try:
-                found.append(Conversation.from_json(line))
-                found[-1].validate()
-            except DataError as error:
-                raise DataError(f"{path}, line {number + 1}: {error}") from None
-        if not found:
-            raise DataError(f"{path}: holds no conversations")
-        return found
-    return _Shard(path) if path.is_file() else _Folder(path)
+    if not path.is_file():
+        return _Folder(path)
+    if path.suffix in (".json", ".jsonl"):
+        named = _json_records(path)
+        read = Conversation.from_json
+    elif path.suffix == ".msgpack":
+        named = _msgpack_records(path)
+        read = Conversation.from_msgpack
+    else:
+        return _Shard(path)
+    found = []
+    for where, data in named:
+        try:
+            found.append(read(data))
+            found[-1].validate()
+        except DataError as error:
+            raise DataError(f"{path}, {where}: {error}") from None
+    if not found:
+        raise DataError(f"{path}: holds no conversations")
+    return found
 
 
-def show(conversation: Conversation, pictures: str | Path | None = None) -> str:
-    """A conversation as text, one line a part; its images are written to the folder `pictures` if given."""
+def _json_records(path: Path) -> list[tuple[str, bytes | str]]:
+    data = path.read_bytes()
+    try:
+        whole = json.loads(data)
+    except ValueError:  # not one value: one a line, where a broken line is named when it is read
+        lines = enumerate(data.splitlines(), start=1)
+        return [(f"line {number}", line) for number, line in lines if line.strip()]
+    if isinstance(whole, list):
+        return [(f"record {number}", json.dumps(value)) for number, value in enumerate(whole)]
+    return [("record 0", data)]
+
+
+def _msgpack_records(path: Path) -> list[tuple[str, bytes]]:
+    data = path.read_bytes()
+    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=0)
+    found = []
+    while (start := unpacker.tell()) < len(data):
+        try:
+            unpacker.skip()
+        except Exception as error:  # msgpack raises many kinds for damaged bytes
+            reason = f"{type(error).__name__} after {start} of {len(data)} bytes"
+            raise DataError(f"{path}, record {len(found)}: damaged or half-written ({reason})") from None
+        found.append((f"record {len(found)}", data[start : unpacker.tell()]))
+    return found
+
+
+def inspect(path: str | Path, limit: int = 3, *, colour: bool = False) -> str:
+    """The first `limit` conversations of whatever :func:`open_any` opens, as text for the terminal."""
+    source = open_any(path)
+    shown = min(limit, len(source))
+    parts = [f"{path}: {shown} of {len(source)} conversations"]
+    return "\n\n".join(parts + [show(source[index], colour=colour) for index in range(shown)])
+
+
+def show(conversation: Conversation, pictures: str | Path | None = None, *, colour: bool = False) -> str:
+    """A conversation as text, one line a part.
+
+    Args:
+        pictures: folder to write its images to.
+        colour: draw a small picture below every image, for terminals with 24-bit colour.
+    """
     c = conversation
     facts = {"source": c.source, "license": c.license, "language": c.language, "split": c.split}
     lines = [f"record {c.id}  " + "  ".join(f"{k}={v}" for k, v in facts.items() if v)]
@@ -84,9 +140,30 @@ def show(conversation: Conversation, pictures: str | Path | None = None) -> str:
         notes += [f"depends on {', '.join(map(str, turn.depends_on))}"] if turn.depends_on else []
         aside = ", ".join(note for note in notes if note)
         lines.append(f"{index:3} {turn.role}" + (f"  ({aside})" if aside else ""))
-        lines += [f"      {_part(part, c)}" for part in turn.parts]
+        for part in turn.parts:
+            lines.append(f"      {_part(part, c)}")
+            if colour and isinstance(part, Image):
+                lines += [f"      {row}" for row in preview(c.images[part.ref].array()).splitlines()]
     if pictures is not None:
         lines += [f"wrote {path}" for path in _write_pictures(c, Path(pictures))]
+    return "\n".join(lines)
+
+
+def preview(pixels: np.ndarray, columns: int = 24) -> str:
+    """uint8[h, w, 3] as half blocks: a character shows two pixels, the upper one in its foreground.
+
+    At most `columns` characters wide. Pixels are repeated or left out, never mixed, so that small drawings
+    stay sharp.
+    """
+    h, w = pixels.shape[:2]
+    wide = w * (columns // w) if w <= columns else columns
+    high = max(2, 2 * round(h * wide / w / 2))
+    rows = pixels[np.arange(high) * h // high][:, np.arange(wide) * w // wide].tolist()
+    lines = []
+    for above, below in zip(rows[::2], rows[1::2]):
+        pairs = zip(above, below)
+        cells = (f"\x1b[38;2;{a};{b};{c};48;2;{d};{e};{f}m\u2580" for (a, b, c), (d, e, f) in pairs)
+        lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
 
 
@@ -119,16 +196,25 @@ def _write_pictures(conversation: Conversation, folder: Path) -> list[Path]:
     return paths
 
 
-def statistics(source: Sequence[Conversation], limit: int) -> dict[str, Any]:
+def stats(path: str | Path, tokenizer: Tokenizer | None = None, limit: int = 2000) -> dict[str, Any]:
+    """:func:`statistics` of whatever :func:`open_any` opens."""
+    return statistics(open_any(path), limit, tokenizer)
+
+
+def statistics(
+    source: Sequence[Conversation], limit: int, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
     """Counts over at most `limit` conversations, spread evenly over all of them.
 
     Returns:
         plain values: records (all of them), read, and of those read the mean and largest number of turns,
-        images, words and bytes of a record, and how often each role, part, operation, split, source and
-        licence occurs.
+        images, words, bytes and (with a `tokenizer`) text tokens of a record, and how often each role,
+        part, operation, split, source and licence occurs.
     """
     stride = max(1, -(-len(source) // limit))
     sizes: dict[str, list[int]] = {"turns": [], "images": [], "words": [], "bytes": []}
+    if tokenizer is not None:
+        sizes["tokens"] = []
     counts: dict[str, Counter] = {
         name: Counter() for name in ("role", "part", "op", "split", "source", "license", "image size")
     }
@@ -139,6 +225,8 @@ def statistics(source: Sequence[Conversation], limit: int) -> dict[str, Any]:
         sizes["images"].append(len(c.images))
         sizes["words"].append(sum(len(text.split()) for text in texts))
         sizes["bytes"].append(len(c.to_msgpack()))
+        if tokenizer is not None:
+            sizes["tokens"].append(sum(len(tokenizer.encode(text)) for text in texts))
         counts["role"].update(t.role for t in c.turns)
         counts["part"].update(p.kind for t in c.turns for p in t.parts)
         counts["op"].update(t.op for t in c.turns if t.op)
