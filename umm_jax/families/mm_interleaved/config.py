@@ -1,0 +1,111 @@
+"""Every size and choice of an MM-Interleaved model. The defaults are the release; presets live in ``configs/``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umm_jax.errors import ConfigError
+from umm_jax.families.mm_interleaved.stream import LayoutConfig
+from umm_jax.models.autoencoder import AutoencoderConfig
+from umm_jax.models.backbone import BackboneConfig
+from umm_jax.models.resampler import ResamplerConfig
+from umm_jax.models.sampling import ScheduleConfig
+from umm_jax.models.synchronizer import SynchronizerConfig
+from umm_jax.models.tower import TowerConfig
+from umm_jax.models.unet import UNetConfig
+from umm_jax.models.unet_sync import UNetSyncConfig
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """What the image decoder reads of the conversation: the last `length` hidden states up to the soi.
+
+    Attributes:
+        positions: "sincos" table over the distance from the soi, or "learned" vectors of deviation `std`.
+        project: a linear map before the positions are added.
+    """
+
+    length: int = 2048
+    positions: Literal["sincos", "learned"] = "sincos"
+    project: bool = True
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class ImageLossConfig:
+    """Extra weight on blocks of `block` pixels that hold detail, and on those that changed since the image before."""
+
+    block: int = 8
+    detail: float = 4.0
+    change: float = 6.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An MM-Interleaved model.
+
+    Attributes:
+        layout: spelling and sizes of the stream.
+        backbone: the language model and its synchronizer.
+        tower: the vision tower.
+        visual_resampler: tower tokens to the `layout.image_tokens` tokens of an image.
+        context, context_resampler: hidden states to the condition of the image decoder.
+        unet, unet_sync: the image decoder and its synchronizer (None: it sees no earlier image).
+        autoencoder, schedule: what the decoder's latents are, and how they are noised.
+        added_tokens: ids at the end of the vocabulary with a trainable head of their own (spec section 4).
+        uncond_prob: share of images trained without their condition, for guidance.
+        image_loss: weights of the image loss; None is uniform.
+        visual_std, head_std: initial scale of the projection to visual tokens, and of the output head.
+        loss_chunk: positions whose logits are held at a time; None holds all.
+    """
+
+    layout: LayoutConfig = LayoutConfig()
+    backbone: BackboneConfig = BackboneConfig(synchronizer=SynchronizerConfig())
+    tower: TowerConfig = TowerConfig()
+    visual_resampler: ResamplerConfig = ResamplerConfig()
+    context: ContextConfig = ContextConfig()
+    context_resampler: ResamplerConfig = ResamplerConfig()
+    unet: UNetConfig = UNetConfig()
+    unet_sync: UNetSyncConfig | None = UNetSyncConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    added_tokens: int = 2
+    uncond_prob: float = 0.1
+    image_loss: ImageLossConfig | None = None
+    visual_std: float = 1e-3
+    head_std: float = 0.02
+    loss_chunk: int | None = None
+
+    def __post_init__(self):
+        if self.unet.side != self.latent_side:
+            raise ConfigError(
+                f"unet.side is {self.unet.side}, but images of {self.layout.target_size} px have latents of side "
+                f"{self.latent_side}"
+            )
+        if self.unet.in_channels != self.latent_shape[2] or self.unet.out_channels != self.latent_shape[2]:
+            raise ConfigError(f"unet in_channels and out_channels must be {self.latent_shape[2]}, as the latents")
+        if self.tower.image_size != self.layout.image_size:
+            raise ConfigError(
+                f"the tower reads images of {self.tower.image_size} px, layout.image_size is {self.layout.image_size}"
+            )
+        sync = self.backbone.synchronizer
+        if sync is not None and sync.d_query != self.backbone.width:
+            raise ConfigError(f"backbone.synchronizer.d_query must be backbone.width ({self.backbone.width})")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of what the image decoder draws."""
+        return self.autoencoder.latent_shape(self.layout.target_size)
+
+    @property
+    def latent_side(self) -> int:
+        return self.latent_shape[0]
+
+    @property
+    def soi_id(self) -> int:
+        return self.layout.soi_id
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the image decoder's condition."""
+        resampler = self.context_resampler
+        return self.context.length if resampler.kind == "none" else resampler.queries

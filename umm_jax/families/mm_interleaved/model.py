@@ -1,0 +1,248 @@
+"""MM-Interleaved: a causal language model that reads images and conditions an image decoder (spec sections 0 to 6).
+
+    pixels --tower--> maps, tokens --visual resampler--> visual tokens in the stream's image slots
+    stream --backbone (with synchronizer into the maps)--> hidden states --head--> next token
+    hidden states up to a soi, newest first --context, resampler--> condition of the image decoder
+    noisy latents --UNet (with synchronizer into the maps of the image before)--> prediction
+
+Letters: B rows, T tokens, I images per row, n slots per image, D backbone width, S context length.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from umm_jax.families.mm_interleaved.config import ContextConfig, ModelConfig
+from umm_jax.models import layers as L
+from umm_jax.models.autoencoder import make_autoencoder
+from umm_jax.models.backbone import Backbone, Head
+from umm_jax.models.image_loss import block_weights, pool_weights, weighted_mse
+from umm_jax.models.losses import cross_entropy, next_token_targets
+from umm_jax.models.positions import sincos_1d
+from umm_jax.models.resampler import build as make_resampler
+from umm_jax.models.sampling import guided, make_schedule
+from umm_jax.models.tower import make_tower
+from umm_jax.models.unet import UNet
+from umm_jax.models.unet_sync import UNetSync
+from umm_jax.sharding import constrain
+
+Batch = dict[str, dict[str, jax.Array]]
+
+
+class Context(nnx.Module):
+    """The last S hidden states up to a soi, newest first, projected and with their distance from the soi."""
+
+    def __init__(self, config: ContextConfig, width: int, rngs: nnx.Rngs):
+        self.config = config
+        self.proj = L.Linear(width, width, axes=("embed", None), rngs=rngs) if config.project else None
+        learned = config.positions == "learned"
+        init = L.normal(config.std)
+        self.positions = L.param(rngs, (config.length, width), (None, "embed"), init) if learned else None
+
+    def __call__(self, hidden: jax.Array, soi: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """hidden [B, T, D]; soi, first [B, I] columns of the soi and of the conversation's first token.
+
+        Returns:
+            [B*I, S, D], zero beyond the conversation, and the mask [B*I, S].
+        """
+        b, _, d = hidden.shape
+        steps = jnp.arange(self.config.length)
+        columns = soi[..., None] - steps
+        mask = columns >= first[..., None]
+        rows = jnp.arange(b)[:, None, None]
+        states = hidden[rows, jnp.maximum(columns, 0)]
+        if self.proj is not None:
+            states = self.proj(states)
+        if self.positions is not None:
+            table = self.positions[...]
+        else:
+            table = jnp.asarray(sincos_1d(self.config.length, d))
+        states = jnp.where(mask[..., None], states + table.astype(states.dtype), 0)
+        return states.reshape(-1, *states.shape[2:]), mask.reshape(-1, mask.shape[-1])
+
+
+class MMInterleaved(nnx.Module):
+    """The assembled family; one code for the toy and the release, see :class:`ModelConfig`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = c = config
+        width = c.backbone.width
+        self.embed = L.Embedding(c.backbone.vocab, width, std=c.backbone.embed_std, rngs=rngs)
+        self.soi_token = L.param(rngs, (width,), ("embed",), L.zeros)
+        self.tower = make_tower(c.tower, rngs=rngs)
+        self.visual_resampler = make_resampler(c.visual_resampler, rngs=rngs)
+        self.visual_proj = L.Linear(
+            c.visual_resampler.d_out, width, axes=(None, "embed"), init=L.normal(c.visual_std), rngs=rngs
+        )
+        self.backbone = Backbone(c.backbone, rngs)
+        self.head = Head(c.backbone, new=c.added_tokens, std=c.head_std, rngs=rngs)
+        self.context = Context(c.context, width, rngs)
+        self.context_resampler = make_resampler(c.context_resampler, rngs=rngs)
+        self.null_condition = L.param(
+            rngs, (c.context_tokens, c.unet.context_width), (None, "embed"), L.normal(0.02)
+        )
+        self.unet = UNet(c.unet, rngs=rngs)
+        sync = None
+        if c.unet_sync is not None:
+            sync = UNetSync(c.unet_sync, c.unet.skip_shapes(), c.unet.mid_shape(), rngs=rngs)
+        self.unet_sync = sync
+        self.autoencoder = make_autoencoder(c.autoencoder, rngs=rngs)
+        self.schedule = make_schedule(c.schedule)
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def look(self, pixels: jax.Array, key: jax.Array | None = None):
+        """Images [B, I, h, w, 3] uint8 -> visual tokens [B, I, n, D] and maps, [B, I, h_l, w_l, C_l] a level."""
+        b, i = pixels.shape[:2]
+        x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
+        seen = self.tower(x.astype(self.dtype) / 255, key=key)
+        tokens, _ = self.visual_resampler(seen.tokens, None, key=key)
+        tokens = self.visual_proj(tokens)
+        unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
+        return unfold(tokens), tuple(unfold(m) for m in seen.maps)
+
+    def embed_tokens(self, ids, image=None, slot=None, visual=None) -> jax.Array:
+        """Ids [B, T] -> [B, T, D]; where `image` is not negative, slot `slot` of that image's visual tokens."""
+        x = self.embed(ids, self.dtype)
+        x = x + jnp.where((ids == self.config.soi_id)[..., None], self.soi_token[...], 0).astype(x.dtype)
+        if visual is None:
+            return x
+        b, i, n, d = visual.shape
+        flat = visual.reshape(b, i * n, d)
+        index = jnp.clip(image * n + slot, 0, i * n - 1)
+        slots = jnp.take_along_axis(flat, index[..., None], axis=1)
+        return jnp.where((image >= 0)[..., None], slots.astype(x.dtype), x)
+
+    @property
+    def dtype(self):
+        """Compute dtype: that of the embedding table, which the training policy casts."""
+        return self.embed.table[...].dtype
+
+    def hidden(self, batch: Batch, visual: jax.Array, maps: tuple[jax.Array, ...]) -> jax.Array:
+        """Final hidden states [B, T, D] of packed rows: conversations neither attend to nor look into each other."""
+        tokens, images = batch["tokens"], batch["images"]
+        segments, columns = tokens["segment_ids"], jnp.arange(tokens["ids"].shape[1])
+        mask = (segments[:, :, None] == segments[:, None]) & (columns[None] <= columns[:, None])
+        same = segments[:, :, None] == images["segment_ids"][:, None]
+        visible = same & (images["segment_ids"] > 0)[:, None] & (images["soi"][:, None] + 1 <= columns[:, None])
+        x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
+        x = constrain(x, "batch", None, None)
+        hidden, _ = self.backbone(x, tokens["positions"], mask, features=maps, visible=visible)
+        return hidden
+
+    # --- drawing ----------------------------------------------------------------------------------
+
+    def condition(self, hidden, soi, first):
+        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask."""
+        return self.context_resampler(*self.context(hidden, soi, first))
+
+    def predict(self, x, t, condition, mask, values, visible) -> jax.Array:
+        """The UNet with the synchronizer: x [b, h, w, c], t [b]; `values` of :meth:`_sync_values`."""
+        sync = None
+        if values is not None:
+            sync = lambda skips, mid: self.unet_sync(skips, mid, values, visible)  # noqa: E731
+        return self.unet(x, t, condition, mask, sync)
+
+    def _sync_values(self, maps) -> list[jax.Array] | None:
+        """What the decoder's synchronizer samples of the maps [b, N, h, w, C] of the images it may look into."""
+        return None if self.unet_sync is None else self.unet_sync.project(maps)
+
+    def sample(self, condition, mask, maps, visible, keys, guidance, *, steps: int) -> jax.Array:
+        """Draws one image per condition: uint8 [b, side, side, 3]. `guidance` None skips the unconditional branch."""
+        shape = (condition.shape[0], *self.config.latent_shape)
+        values = self._sync_values(maps)
+        if guidance is not None:
+            null = jnp.broadcast_to(self.null_condition[...].astype(condition.dtype), condition.shape)
+
+        def predict(x, t):
+            x = x.astype(self.dtype)
+            out = self.predict(x, t, condition, mask, values, visible)
+            if guidance is not None:
+                # The synchronizer sees the same features in both branches (spec section 14, trap 18).
+                free = self.predict(x, t, null, jnp.ones_like(mask), values, visible)
+                out = guided(out, free, guidance)
+            return out.astype(jnp.float32)
+
+        latents = self.schedule.sample(predict, shape, keys, steps)
+        pixels = self.autoencoder.decode(latents.astype(self.dtype)).astype(jnp.float32)
+        return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+    # --- learning ---------------------------------------------------------------------------------
+
+    def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Denominators of the losses: they depend on the data alone."""
+        _, weight = next_token_targets(batch["tokens"])
+        return {"text": jnp.sum(weight), "image": jnp.sum(self._image_weights(batch))}
+
+    def loss_sums(self, batch: Batch, key: jax.Array):
+        """Numerators of the losses, and metrics as (sum, weight) pairs."""
+        look_key, image_key, drop_key = jax.random.split(key, 3)
+        visual, maps = self.look(batch["images"]["pixels"], look_key)
+        hidden = self.hidden(batch, visual, maps)
+        targets, weight = next_token_targets(batch["tokens"])
+        nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
+        image = self._image_loss(batch, hidden, maps, image_key, drop_key)
+        drawn = jnp.sum(batch["images"]["draw"])
+        metrics = {"text_accuracy": (hits, jnp.sum(weight)), "images_per_row": (drawn, jnp.float32(len(weight)))}
+        return {"text": nll, "image": image}, metrics
+
+    def autoencoder_loss(self, batch: Batch, key: jax.Array):
+        """Reconstruction loss of the autoencoder over the batch's real images."""
+        images = batch["images"]
+        pixels = self._targets(images)
+        real = (images["segment_ids"] > 0).reshape(-1).astype(jnp.float32)
+        return self.autoencoder.loss(pixels, key, weight=real)
+
+    def _targets(self, images) -> jax.Array:
+        """Pictures to draw, [B*I, side, side, 3] in [-1, 1]."""
+        pixels = images.get("target", images["pixels"])
+        return pixels.reshape(-1, *pixels.shape[2:]).astype(jnp.float32) / 127.5 - 1
+
+    def _previous(self, images) -> jax.Array:
+        """[B, I]: True where the image before belongs to the same conversation."""
+        segments = images["segment_ids"]
+        return (segments > 0) & (segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+
+    def _image_weights(self, batch: Batch) -> jax.Array:
+        """Weights of the latents' errors [B*I, h, w, 1]; zero for images that are not drawn."""
+        images, c = batch["images"], self.config
+        target = self._targets(images)
+        if c.image_loss is None:
+            weights = jnp.ones((*target.shape[:3], 1), jnp.float32)
+        else:
+            stacked = target.reshape(*images["draw"].shape, *target.shape[1:])
+            weights = block_weights(
+                target,
+                jnp.roll(stacked, 1, axis=1).reshape(target.shape),
+                self._previous(images).reshape(-1),
+                block=c.image_loss.block,
+                detail=c.image_loss.detail,
+                change=c.image_loss.change,
+            )
+        weights = pool_weights(weights, c.latent_shape[:2])
+        return weights * images["draw"].reshape(-1)[:, None, None, None]
+
+    def _image_loss(self, batch: Batch, hidden, maps, key, drop_key) -> jax.Array:
+        images, c = batch["images"], self.config
+        encode_key, noise_key = jax.random.split(key)
+        soi = images["soi"]
+        first = soi - jnp.take_along_axis(batch["tokens"]["positions"], soi, axis=1)
+        condition, mask = self.condition(hidden, soi, first)
+        if c.uncond_prob:
+            drop = jax.random.bernoulli(drop_key, c.uncond_prob, (condition.shape[0],))
+            null = self.null_condition[...].astype(condition.dtype)
+            condition = jnp.where(drop[:, None, None], null, condition)
+            mask = mask | drop[:, None]
+        latents = jax.lax.stop_gradient(self.autoencoder.encode(self._targets(images).astype(self.dtype), encode_key))
+        noised = self.schedule.noised(latents.astype(jnp.float32), noise_key)
+        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
+        visible = self._previous(images).reshape(-1, 1)
+        values = self._sync_values(before)
+        out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, visible)
+        error, _ = weighted_mse(out, noised.target, self._image_weights(batch))
+        return jnp.sum(error)
+
+
+def build(config: ModelConfig, rngs: nnx.Rngs) -> MMInterleaved:
+    """The family's module with fresh parameters."""
+    return MMInterleaved(config, rngs)

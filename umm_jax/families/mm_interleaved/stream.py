@@ -1,0 +1,240 @@
+"""How MM-Interleaved lays a conversation out as one stream (spec section 1). numpy only, no JAX.
+
+Each conversation is a causal sequence; every image, whoever shows it, takes one start-of-image token
+(soi) and `image_tokens` slots::
+
+    <bos> <user> draw a red circle <eot> <bot> ok <soi> [slot x n] <eot> <user> what colour ... <eot> <bot> red <eot>
+    loss                                       1    1   0            1                                  1    1
+
+The soi of an image the assistant draws is a text target (the model decides to draw by predicting it), slots
+never are. A slot holds the visual token of its image, so everything after an image can read it; the
+picture itself is a target of the image decoder where `draw` is 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image as Pillow
+
+from umm_jax.config import from_dict
+from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text
+from umm_jax.errors import ConfigError, DataError
+from umm_jax.stream import Feature, Stream, StreamSpec
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Spelling and sizes of the stream. Defaults are the release's, except for the turn prefixes.
+
+    Attributes:
+        image_size, target_size: sides in pixels seen by the vision tower and drawn by the decoder.
+        image_tokens: slots an image takes after its soi.
+        soi, image: control pieces of the tokenizer for start of image and slot.
+        soi_id: id of `soi`; the model adds a trained vector to its embedding, so it must know.
+        prefixes: what opens a turn of each role: a control piece, or plain text.
+        turn_end: control piece that closes a turn; the assistant learns to predict it.
+        box_format: "loc" writes a box as four location pieces `<locK>` of `box_bins` + 1 bins between
+            <box> and </box>; "text" as the release does, "(x1,y1)(x2,y2)" in thousandths.
+    """
+
+    image_size: int = 224
+    target_size: int = 512
+    image_tokens: int = 64
+    soi: str = "<soi>"
+    image: str = "<image>"
+    soi_id: int = 32000
+    prefixes: dict[str, str] = field(
+        default_factory=lambda: {"system": "<user>", "user": "<user>", "assistant": "<bot>"}
+    )
+    turn_end: str = "<eot>"
+    box_format: Literal["loc", "text"] = "loc"
+    box_bins: int = 24
+
+    def __post_init__(self):
+        if min(self.image_size, self.target_size, self.image_tokens, self.box_bins) < 1:
+            raise ConfigError("image_size, target_size, image_tokens and box_bins must be positive")
+
+
+class Serializer:
+    """Conversation -> Stream, and reply tokens -> parts.
+
+    Args:
+        model: the `model` section of a run config (a mapping, of which only `layout` is read), or the
+            family's ModelConfig.
+        tokenizer: see ``data.tokenizer.Tokenizer``.
+    """
+
+    def __init__(self, model: Mapping[str, Any] | Any, tokenizer: Any):
+        if isinstance(model, Mapping):
+            self.layout = from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
+        else:
+            self.layout = model.layout
+        layout, self.tokenizer = self.layout, tokenizer
+        self.bos = tokenizer.id("<s>")
+        self.soi, self.slot = tokenizer.id(layout.soi), tokenizer.id(layout.image)
+        self.end = tokenizer.id(layout.turn_end)
+        if self.soi != layout.soi_id:
+            raise ConfigError(
+                f"the tokenizer gives {layout.soi} the id {self.soi}, config.model.layout.soi_id says "
+                f"{layout.soi_id}; set it to {self.soi}"
+            )
+        self.prefix = {role: self._prefix(text) for role, text in layout.prefixes.items()}
+        if layout.box_format == "loc":
+            self.box = tokenizer.id("<box>"), tokenizer.id("</box>")
+            self.locs = [tokenizer.id(f"<loc{i}>") for i in range(layout.box_bins + 1)]
+        side = layout.image_size
+        images = {
+            "pixels": Feature((side, side, 3), "uint8"),
+            "soi": Feature(refers="tokens"),
+            "draw": Feature(dtype="float32"),
+        }
+        if layout.target_size != side:
+            images["target"] = Feature((layout.target_size, layout.target_size, 3), "uint8")
+        self.spec = StreamSpec(
+            tokens={
+                "ids": Feature(),
+                "weight": Feature(dtype="float32"),
+                "image": Feature(pad=-1, refers="images"),
+                "slot": Feature(),
+            },
+            images=images,
+        )
+
+    def _prefix(self, text: str) -> list[int]:
+        if text.startswith("<") and text.endswith(">"):
+            return [self.tokenizer.id(text)]
+        return self.tokenizer.encode(text)
+
+    # --- conversation to stream -------------------------------------------------------------------
+
+    def __call__(self, conversation: Conversation) -> Stream:
+        """The whole conversation, with loss where its turns say so."""
+        return self._layout(conversation, reply=False)
+
+    def prompt(self, conversation: Conversation) -> Stream:
+        """The conversation followed by the opening of an assistant turn: what a reply continues."""
+        return self._layout(conversation, reply=True)
+
+    def _layout(self, conversation: Conversation, reply: bool) -> Stream:
+        ids, weight, image, slot = [self.bos], [0.0], [-1], [0]
+        pictures, soi, draw = [], [], []
+
+        def put(pieces: Sequence[int], loss: bool):
+            ids.extend(pieces)
+            weight.extend([float(loss)] * len(pieces))
+            image.extend([-1] * len(pieces))
+            slot.extend([0] * len(pieces))
+
+        for index, turn in enumerate(conversation.turns):
+            loss = turn.loss and turn.role == "assistant"
+            put(self.prefix[turn.role], False)
+            for part in turn.parts:
+                if isinstance(part, (Image, Mask)):
+                    soi.append(len(ids))
+                    put([self.soi], loss)
+                    n = self.layout.image_tokens
+                    ids.extend([self.slot] * n)
+                    weight.extend([0.0] * n)
+                    image.extend([len(pictures)] * n)
+                    slot.extend(range(n))
+                    pictures.append(self._picture(conversation, part))
+                    draw.append(float(loss))
+                else:
+                    put(self._words(conversation, index, part), loss)
+            put([self.end], loss)
+        if reply:
+            put(self.prefix["assistant"], False)
+        side = self.layout.image_size
+        images = {
+            "pixels": np.array([fit(p, side) for p in pictures], np.uint8).reshape(-1, side, side, 3),
+            "soi": np.array(soi, np.int32),
+            "draw": np.array(draw, np.float32),
+        }
+        if "target" in self.spec.images:
+            large = self.layout.target_size
+            targets = [fit(p, large) for p in pictures]
+            images["target"] = np.array(targets, np.uint8).reshape(-1, large, large, 3)
+        tokens = {
+            "ids": np.array(ids, np.int32),
+            "weight": np.array(weight, np.float32),
+            "image": np.array(image, np.int32),
+            "slot": np.array(slot, np.int32),
+        }
+        return {"tokens": tokens, "images": images}
+
+    def _picture(self, conversation: Conversation, part: Image | Mask) -> np.ndarray:
+        if isinstance(part, Image):
+            return conversation.images[part.ref].array()
+        # A mask is shown, and answered, as a picture: white where it is set. The family has no mask head.
+        return np.repeat(part.array().astype(np.uint8)[..., None] * 255, 3, axis=-1)
+
+    def _words(self, conversation: Conversation, turn: int, part: Part) -> list[int]:
+        if isinstance(part, Text):
+            return self.tokenizer.encode(part.text)
+        if isinstance(part, Box):
+            if self.layout.box_format == "text":
+                x1, y1, x2, y2 = (min(int(v * 1000), 999) for v in part.xyxy)
+                return self.tokenizer.encode(f"<box>({x1:03d},{y1:03d})({x2:03d},{y2:03d})</box>")
+            bins = [self.locs[round(v * self.layout.box_bins)] for v in part.xyxy]
+            return [self.box[0], *bins, self.box[1]]
+        kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
+        raise DataError(
+            f"record {conversation.id}, turn {turn}: the mm_interleaved family cannot express {kind}; "
+            "train another family on this data, or remove these parts"
+        )
+
+    # --- reply tokens to parts --------------------------------------------------------------------
+
+    def parts(self, ids: Sequence[int], last_image: str | None) -> list[Part]:
+        """Text and boxes of a run of reply tokens without images. A malformed box stays text.
+
+        Args:
+            last_image: reference of the newest image, which boxes are about.
+        """
+        parts, run, i, ids = [], [], 0, [int(t) for t in ids]
+
+        def flush():
+            text = self.tokenizer.decode(run).strip()
+            if text:
+                parts.append(Text(text))
+            run.clear()
+
+        while i < len(ids):
+            box = self._box(ids[i : i + 6]) if last_image is not None else None
+            if box is None:
+                run.append(ids[i])
+                i += 1
+            else:
+                flush()
+                parts.append(Box(last_image, box))
+                i += 6
+        flush()
+        return parts
+
+    def _box(self, ids: list[int]) -> tuple[float, float, float, float] | None:
+        if self.layout.box_format != "loc" or len(ids) < 6 or (ids[0], ids[5]) != self.box:
+            return None
+        if any(t not in self.locs for t in ids[1:5]):
+            return None
+        x1, y1, x2, y2 = (self.locs.index(t) / self.layout.box_bins for t in ids[1:5])
+        return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def fit(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3] -> [side, side, 3].
+
+    Halves by box filter while the short side is at least twice too long, then bicubic (spec section 8).
+    """
+    h, w = pixels.shape[:2]
+    if (h, w) == (side, side):
+        return pixels
+    picture = Pillow.fromarray(pixels)
+    while min(picture.size) >= 2 * side:
+        picture = picture.reduce(2)
+    scale = side / min(picture.size)
+    size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
+    picture = picture.resize(size, Pillow.Resampling.BICUBIC)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return np.asarray(picture.crop((left, top, left + side, top + side)))

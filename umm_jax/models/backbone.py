@@ -1,0 +1,268 @@
+"""Decoder-only transformer with optional synchronizer layers: the language side of every family.
+
+A layer, for x [B, T, D] (MM-Interleaved, spec section 3.1 and 4; Llama without the middle line)::
+
+    x = x + Attention(RMSNorm(x))
+    x = x + tanh(gate) * MMFS(RMSNorm(x), RMSNorm(features))       every `sync_every`-th layer, from the first
+    x = x + MLP(RMSNorm(x))
+
+Layers are stacked and scanned in groups of `sync_every`, so that compile time does not grow with depth.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from umm_jax.errors import ConfigError
+from umm_jax.models import layers as L
+from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.synchronizer import BackboneSync, SynchronizerConfig
+from umm_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes and variants. The defaults are Vicuna/Llama-13B; the options serve small models.
+
+    Attributes:
+        kv_heads: key/value heads, `heads` when None.
+        attention_scale: multiplies 1/sqrt(H) of the scores.
+        qk_norm: RMSNorm with learned gain on each head's queries and keys, before the rotation.
+        gated_mlp: SwiGLU-type MLP (activation(gate) * up); otherwise activation(up).
+        synchronizer: None for a plain transformer.
+        remat: rematerialisation policy of a group of layers, see ``layers.checkpoint_policy``.
+    """
+
+    vocab: int = 32002
+    width: int = 5120
+    layers: int = 40
+    heads: int = 40
+    kv_heads: int | None = None
+    mlp: int = 13824
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    attention_scale: float = 1.0
+    qk_norm: bool = False
+    gated_mlp: bool = True
+    activation: str = "silu"
+    embed_std: float = 0.02
+    sync_every: int = 4
+    synchronizer: SynchronizerConfig | None = None
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ConfigError(f"{self.heads} heads do not divide into {self.kv_heads} key/value heads")
+        if self.synchronizer is not None and self.layers % self.sync_every:
+            raise ConfigError(f"layers ({self.layers}) must be a multiple of sync_every ({self.sync_every})")
+
+    @property
+    def group(self) -> int:
+        """Layers per scanned step."""
+        return self.sync_every if self.synchronizer is not None else 1
+
+
+class Cache(NamedTuple):
+    """Keys and values of what has been read: [L, B, S, K, H] each, valid below each row's length."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding in the half-rotation layout: [B, T, N, H], positions [B, T]; angles in float32."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Causal (by the mask given) multi-head attention with rotary positions and an optional cache."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        d, kv = config.width, config.kv_heads or config.heads
+        h = d // config.heads
+        # Output projections shrink with depth, so that the residual stream keeps its scale at the start.
+        init, out = L.normal(d**-0.5), L.normal(d**-0.5 / (2 * config.layers) ** 0.5)
+        self.q = L.Linear(d, d, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        self.k = L.Linear(d, kv * h, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        self.v = L.Linear(d, kv * h, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        self.o = L.Linear(d, d, axes=("heads", "embed"), bias=False, init=out, rngs=rngs)
+        self.q_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
+        self.k_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
+        self.heads, self.kv_heads, self.base = config.heads, kv, config.rope_base
+        self.scale = config.attention_scale * h**-0.5
+
+    def __call__(self, x, positions, mask, cache: Cache | None = None, write: jax.Array | None = None):
+        """x [B, T, D], positions [B, T], mask [B, T, S] -> ([B, T, D], cache of this layer).
+
+        With a cache (this layer's [B, S, K, H] pair), new keys go to columns `write` [B, T] first.
+        """
+        q, k, v = split_heads(self.q(x), self.heads), self.k(x), self.v(x)
+        k, v = split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, positions, self.base), rope(k, positions, self.base)
+        q = constrain(q, "batch", None, "heads", None)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            k = cache.k.at[rows, write].set(k.astype(cache.k.dtype), mode="drop")
+            v = cache.v.at[rows, write].set(v.astype(cache.v.dtype), mode="drop")
+            cache = Cache(k, v)
+        out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=self.scale)
+        return self.o(merge_heads(out)), cache
+
+
+class MLP(nnx.Module):
+    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        d, f = config.width, config.mlp
+        axes = ("embed", "mlp")
+        init, out = L.normal(d**-0.5), L.normal(f**-0.5 / (2 * config.layers) ** 0.5)
+        gated = config.gated_mlp
+        self.gate = L.Linear(d, f, axes=axes, bias=False, init=init, rngs=rngs) if gated else None
+        self.up = L.Linear(d, f, axes=axes, bias=False, init=init, rngs=rngs)
+        self.down = L.Linear(f, d, axes=axes[::-1], bias=False, init=out, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x):
+        act = L.activation(self.activation)
+        h = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(constrain(h, "batch", None, "mlp"))
+
+
+class Layer(nnx.Module):
+    """One transformer layer; the synchronizer, where there is one, is given by the caller."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        self.attention_norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.attention = SelfAttention(config, rngs)
+        self.mlp_norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x, positions, mask, cache, write, sync=None):
+        attended, cache = self.attention(self.attention_norm(x), positions, mask, cache, write)
+        x = x + attended
+        if sync is not None:
+            x = sync(x)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", None, None), cache
+
+
+class Backbone(nnx.Module):
+    """Embeddings in, normalised hidden states out: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.layers = L.stack(lambda r: Layer(config, r), config.layers, rngs)
+        syncs = None
+        if config.synchronizer is not None:
+            make = lambda r: BackboneSync(config.synchronizer, eps=config.norm_eps, rngs=r)  # noqa: E731
+            syncs = L.stack(make, config.layers // config.sync_every, rngs)
+        self.syncs = syncs
+        self.norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        *,
+        features: tuple[jax.Array, ...] = (),
+        values: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        cache: Cache | None = None,
+        write: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs all layers.
+
+        Args:
+            x: [B, T, D]; positions: [B, T], counted within each conversation.
+            mask: [B, T, S], True where a token may read a key; S is T, or the cache's length.
+            features: multi-scale maps of the row's images, [B, I, h, w, C] a level.
+            values: what :meth:`project` made of them, in place of `features`.
+            visible: [B, T, I], True where a token may look into an image.
+            cache, write: what has been read before, and the columns [B, T] the new tokens take in it
+                (columns outside the cache are not written).
+
+        Returns:
+            hidden states after the final norm, and the extended cache.
+        """
+        config = self.config
+        group = config.group
+        sync_graph, sync_state = (None, None) if self.syncs is None else nnx.split(self.syncs)
+        if cache is not None:
+            cache = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), cache)
+
+        def step(layers, x, inputs):
+            sync_params, layer_values, caches = inputs
+            layers, new = (layers if group > 1 else [layers]), []
+            for i, layer in enumerate(layers):
+                sync = None
+                if i == 0 and sync_params is not None:
+                    module = nnx.merge(sync_graph, sync_params)
+                    read = module.project(features) if layer_values is None else layer_values
+                    sync = lambda y, module=module, read=read: module(y, read, visible)  # noqa: E731
+                layer_cache = None if caches is None else jax.tree.map(lambda a, i=i: a[i], caches)
+                x, layer_cache = layer(x, positions, mask, layer_cache, write, sync)
+                new.append(layer_cache)
+            return x, None if caches is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+        x, cache = L.scan(self.layers, step, x, (sync_state, values, cache), remat=config.remat, group=group)
+        if cache is not None:
+            cache = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
+        return self.norm(x), cache
+
+    def project(self, features: tuple[jax.Array, ...]) -> jax.Array | None:
+        """What the synchronizer layers sample, [G, B, I, V, heads, H]: made once per image when decoding."""
+        if self.syncs is None:
+            return None
+        return L.scan(self.syncs, lambda sync, _, __: (None, sync.project(features)), None)[1]
+
+    def empty_cache(self, batch: int, length: int, dtype=jnp.float32) -> Cache:
+        """Zeros for `batch` rows of at most `length` tokens."""
+        config = self.config
+        kv = config.kv_heads or config.heads
+        shape = (config.layers, batch, length, kv, config.width // config.heads)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class Head(nnx.Module):
+    """Hidden states to logits, [.., D] -> [.., V], with a separate trainable head for added tokens.
+
+    MM-Interleaved keeps the language model's head frozen (its rows for the `new` added tokens are silent:
+    weight 0, bias -100) and adds a small head on top of them (weight 0, bias +95), spec section 4.
+    ``new=0`` is an ordinary head.
+    """
+
+    def __init__(self, config: BackboneConfig, *, new: int = 0, std: float = 0.02, rngs: nnx.Rngs):
+        d, v = config.width, config.vocab
+
+        def weights(key, shape, dtype=jnp.float32):
+            kernel = L.normal(std)(key, shape, dtype)
+            return kernel.at[:, v - new :].set(0.0) if new else kernel
+
+        def biases(key, shape, dtype=jnp.float32):
+            bias = jnp.zeros(shape, dtype)
+            return bias.at[v - new :].set(-100.0) if new else bias
+
+        self.base = L.Linear(d, v, axes=("embed", "vocab"), init=weights, bias_init=biases, rngs=rngs)
+        added = None
+        if new:
+            added = L.Linear(d, new, axes=("embed", None), init=L.zeros, bias_init=L.constant(95.0), rngs=rngs)
+        self.added, self.new = added, new
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = self.base(x).astype(jnp.float32)
+        if self.added is None:
+            return logits
+        return logits.at[..., -self.new :].add(self.added(x).astype(jnp.float32))

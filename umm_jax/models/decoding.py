@@ -1,0 +1,28 @@
+"""Choosing the next token: greedy, temperature and nucleus, row by row with its own key."""
+
+import jax
+import jax.numpy as jnp
+
+
+def choose_token(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """One token per row.
+
+    Args:
+        logits: [B, V], -inf where a token is forbidden.
+        keys: [B] random keys.
+        temperature: 0 takes the most probable token.
+        top_p: samples among the most probable tokens that together hold this mass (at least one).
+
+    Returns:
+        int32 [B].
+    """
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # The token that crosses the threshold is kept: what counts is the mass before it.
+    kept = jnp.pad(mass[:, :-1], ((0, 0), (1, 0))) < top_p
+    cutoff = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    nucleus = jnp.where(scaled >= cutoff, scaled, -jnp.inf)
+    sampled = jax.vmap(jax.random.categorical)(keys, nucleus)
+    return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
