@@ -1,0 +1,388 @@
+"""Frozen, validating configuration, built from ``ml_collections`` files and ``--config.a.b=value`` overrides.
+
+A config file is Python with ``get_config()`` returning a ConfigDict; :func:`load` reads it, applies the
+overrides and returns a :class:`RunConfig`. Code below the command line sees only these dataclasses.
+Imports nothing of ours but the error types, and no JAX, so that launchers can read configs anywhere.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from umm_jax.errors import ConfigError
+
+
+# --- from dictionaries to dataclasses ---------------------------------------------------------------
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' for the nearest of `known`, else the list of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """Builds the frozen dataclass `cls` from nested mappings.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), missing key, or a value of the wrong type;
+            the message carries the dotted path of the key.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where}.{key}: unknown key{suggest(str(key), names)}")
+    built = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.init
+            and f.name not in built
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{where}: missing {', '.join(missing)}") from None
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is typing.Literal:
+        if value not in args:
+            options = [str(a) for a in args]
+            raise ConfigError(f"{where}: {value!r} is not allowed{suggest(str(value), options)}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a section of keys, got {value!r}")
+        return from_dict(hint, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)}")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if origin in (dict, Mapping) or hint is dict or (origin and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a section of keys, got {value!r}")
+        inner = args[1] if len(args) == 2 else Any
+        return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def to_dict(config: Any) -> Any:
+    """The nested plain-Python form of a config dataclass: what is saved beside a run."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Dotted names of the fields in which two configs (dataclasses or plain) differ, with both values."""
+    a, b = to_dict(a), to_dict(b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        found = []
+        for key in sorted({*a, *b}):
+            inner = f"{where}.{key}" if where else str(key)
+            if key not in a or key not in b:
+                side, value = ("second", b[key]) if key not in a else ("first", a[key])
+                found.append(f"{inner}: only in the {side} ({value!r})")
+            else:
+                found += differences(a[key], b[key], inner)
+        return found
+    return [] if a == b else [f"{where}: {a!r} != {b!r}"]
+
+
+# --- the sections of a run ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 takes what is left of the devices (at most one axis)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+            raise ConfigError(f"axis sizes must be positive, with at most one -1; got {sizes}")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One folder of ArrayRecord shards and its weight in the mixture."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how rows are made.
+
+    Attributes:
+        sources: shard folders, mixed by weight. Relative paths are relative to the working directory.
+        tokens, images: the budget of one row, on both axes.
+        packing: "first_fit" joins several conversations into a row, "none" gives each its own.
+        oversize: what happens to a conversation that exceeds the budget: "refuse" raises, "drop" leaves
+            it out and counts it, "truncate" removes the last turns until it fits.
+        packing_bins: rows kept open by first-fit.
+        batch_size: rows per step over all devices and accumulation steps.
+        prefetch: batches prepared ahead by the input thread.
+        workers: decoding processes; 0 decodes in the input thread.
+    """
+
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""
+    tokens: int = 128
+    images: int = 4
+    packing: typing.Literal["first_fit", "none"] = "first_fit"
+    oversize: typing.Literal["refuse", "drop", "truncate"] = "refuse"
+    packing_bins: int = 8
+    batch_size: int = 16
+    shuffle_seed: int = 0
+    prefetch: int = 4
+    workers: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.tokens < 1 or self.images < 1:
+            raise ConfigError("batch_size, tokens and images must be positive")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters whose path ('/'-joined) contains one of `match`; the first group that matches wins.
+
+    Attributes:
+        match: substrings of the path; an empty list matches everything.
+        optimizer: "adamw", "muon" (matrices and convolution kernels; the rest of the group falls to
+            adamw with the same learning rate) or "frozen" (no gradient, no optimizer state).
+        lr_scale: multiplies the schedule.
+        weight_decay: decoupled, times the learning rate.
+        decay_vectors: whether parameters of fewer than two dimensions (counted without the layers axis)
+            are decayed too.
+    """
+
+    match: tuple[str, ...] = ()
+    optimizer: typing.Literal["adamw", "muon", "frozen"] = "adamw"
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    decay_vectors: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Learning-rate schedule, moments and groups.
+
+    Schedule: linear warm-up over `warmup` steps to `lr`, then "constant", "cosine" to 0, or
+    "trapezoid": constant, then linear to 0 over the last `decay` fraction of the steps.
+    """
+
+    lr: float = 1e-3
+    schedule: typing.Literal["constant", "cosine", "trapezoid"] = "cosine"
+    warmup: int = 100
+    decay: float = 0.35
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    muon_ns_steps: int = 4
+    clip: float | None = 1.0
+    groups: tuple[GroupConfig, ...] = (GroupConfig(),)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulate: microbatches per step; divides data.batch_size.
+        dtype: dtype of activations; parameters and optimizer state stay float32.
+        loss: coefficient of each loss part.
+        ema: decay of the averaged weights, or None.
+        save_every, keep: checkpoint interval in steps and how many recent ones stay.
+        eval_every: steps between in-training evaluations (0: never); eval_items: items per skill.
+        init_from: run directory whose parameters start this one (by matching path), or "".
+        objective: what is trained: "model" (the family's losses) or "autoencoder" (its image autoencoder).
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    accumulate: int = 1
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    loss: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
+    ema: float | None = None
+    log_every: int = 20
+    save_every: int = 200
+    keep: int = 2
+    eval_every: int = 0
+    eval_items: int = 32
+    init_from: str = ""
+    objective: typing.Literal["model", "autoencoder"] = "model"
+
+    def __post_init__(self):
+        if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.save_every < 1:
+            raise ConfigError("steps, accumulate, log_every and save_every must be positive")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"ema must be between 0 and 1, got {self.ema}")
+
+
+@dataclass(frozen=True)
+class ReplySettings:
+    """How a reply is produced.
+
+    Attributes:
+        mode: "auto" lets the model choose, "text" forbids images, "image" draws first.
+        max_tokens, max_images: bounds of one reply.
+        temperature: 0 is greedy; top_p: nucleus mass.
+        image_steps: solver steps; guidance: 1 is none.
+    """
+
+    mode: typing.Literal["auto", "text", "image"] = "auto"
+    max_tokens: int = 64
+    max_images: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    image_steps: int = 8
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError("temperature must be >= 0 and top_p in (0, 1]")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The full evaluation after a run: which world preset, splits and how many items per skill."""
+
+    world: str = "tiny"
+    splits: tuple[str, ...] = ("iid",)
+    items: int = 256
+    dialogues: int = 160
+    batch_size: int = 64
+    weights: typing.Literal["ema", "raw"] = "raw"
+    seed: int = 1_000_003
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made from. `model` is parsed by the family's own config class."""
+
+    family: str
+    model: dict[str, Any]
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    reply: ReplySettings = ReplySettings()
+    eval: EvalConfig = EvalConfig()
+    world: dict[str, Any] = field(default_factory=dict)
+
+
+# --- files and overrides --------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file (``.py`` with ``get_config()``, or the ``.json`` saved beside a run).
+
+    Args:
+        overrides: strings ``a.b=value`` (a leading ``--config.`` is allowed); the value is JSON, or a
+            bare string where it is not valid JSON. Tuples take an index: ``optim.groups.0.lr_scale=2``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such config file")
+    if path.suffix == ".json":
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    else:
+        spec = importlib.util.spec_from_file_location("umm_config", path)
+        if spec is None:
+            raise ConfigError(f"{path}: a config file ends in .py or .json")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path}: has no get_config()")
+        raw = module.get_config()
+        raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
+    raw = json.loads(json.dumps(raw))
+    # Overrides are checked against the completed tree, so that defaults can be overridden too.
+    complete = to_dict(from_dict(RunConfig, raw))
+    for text in overrides:
+        _override(complete, text)
+    return from_dict(RunConfig, complete)
+
+
+def _override(tree: dict, text: str) -> None:
+    text = text.removeprefix("--").removeprefix("config.")
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r}: an override is written --config.a.b=value")
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = {"True": True, "False": False, "None": None}.get(value, value)
+    node, keys = tree, name.split(".")
+    for i, key in enumerate(keys):
+        where = "config." + ".".join(keys[: i + 1])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"{where}: expected an index below {len(node)}")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"{where}: there is nothing below {'.'.join(keys[:i])}")
+        elif key not in node and not (i == len(keys) - 1 and keys[0] in ("model", "world")):
+            # The family checks its own section: a key may be absent there because it has its default.
+            raise ConfigError(f"{where}: unknown key{suggest(key, list(node))}")
+        if i == len(keys) - 1:
+            node[key] = parsed
+        else:
+            node = node[key]
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Writes the resolved config as JSON beside the run."""
+    Path(path).write_text(json.dumps(to_dict(config), indent=1) + "\n")
