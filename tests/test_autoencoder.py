@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from test_unet import load_released, needs_parity, nhwc, parity, random_weights, worst
+
 from umm_jax.errors import ConfigError
 from umm_jax.models.autoencoder import AutoencoderConfig, KLAutoencoder, Posterior, make_autoencoder
 
@@ -19,7 +19,7 @@ SMALL = AutoencoderConfig(widths=(4, 8), layers_per_block=1, latent_channels=2, 
 
 
 def source_name(path: str) -> str:
-    """Name in the released checkpoint (below ``image_decoder.decoder.vae.``) of our parameter at a dotted path."""
+    """Released name, below ``image_decoder.decoder.vae.``, of our parameter at a dotted path."""
     rules = [
         (r"^quant\.", "quant_conv."),
         (r"^post_quant\.", "post_quant_conv."),
@@ -66,7 +66,8 @@ def test_shapes_scale_and_randomness():
     model = small()
     pixels = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
     encode = jax.jit(model.encode)
-    mean, drawn, again = encode(pixels, None), encode(pixels, jax.random.key(1)), encode(pixels, jax.random.key(1))
+    key = jax.random.key(1)
+    mean, drawn, again = encode(pixels, None), encode(pixels, key), encode(pixels, key)
     assert mean.shape == (2, *SMALL.latent_shape(8)) == (2, 4, 4, 2)
     assert jax.eval_shape(model.decode, mean).shape == pixels.shape
     np.testing.assert_array_equal(drawn, again)
@@ -110,7 +111,7 @@ def test_identity_returns_the_pixels_and_has_no_parameters():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match="norm_groups"):
         AutoencoderConfig(widths=(10,), norm_groups=4)
-    with pytest.raises(ConfigError, match="do not divide"):
+    with pytest.raises(ConfigError, match="does not divide by"):
         SMALL.latent_shape(9)
     with pytest.raises(ConfigError, match="scale"):
         AutoencoderConfig(scale=0.0)

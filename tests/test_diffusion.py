@@ -1,12 +1,12 @@
-"""Schedules, samplers and image-loss weights: hand-computed steps, exact cases, and the recorded reference run."""
+"""Schedules, samplers and image-loss weights: steps by hand, exact cases, the recorded reference run."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from test_autoencoder import reference_autoencoder
 from test_unet import needs_parity, nhwc, parity, worst
+
 from umm_jax.errors import ConfigError
 from umm_jax.models.diffusion import Diffusion
 from umm_jax.models.flow import Flow

@@ -15,7 +15,8 @@ from umm_jax.errors import ConfigError
 from umm_jax.models.unet import UNet, UNetConfig
 from umm_jax.models.unet_blocks import timestep_embedding
 
-PARITY = Path(os.environ.get("UMM_PARITY_DIR", Path(__file__).parents[1] / "../shared/parity")) / "mm_interleaved"
+PARITY = Path(os.environ.get("UMM_PARITY_DIR", Path(__file__).parents[1] / "../shared/parity"))
+PARITY = PARITY / "mm_interleaved"
 needs_parity = pytest.mark.skipif(
     not PARITY.is_dir(), reason=f"no parity data at {PARITY}; set UMM_PARITY_DIR to the folder that holds it"
 )
@@ -45,7 +46,7 @@ TINY = dict(
 
 
 def source_name(path: str) -> str:
-    """Name in the released checkpoint (below ``image_decoder.decoder.unet.``) of our parameter at a dotted path."""
+    """Released name, below ``image_decoder.decoder.unet.``, of our parameter at a dotted path."""
     rules = [
         (r"^time\.", "time_embedding."),
         (r"^(down|up)\.", r"\1_blocks."),
@@ -76,7 +77,7 @@ def from_torch(value: np.ndarray) -> np.ndarray:
 
 
 def random_weights(make) -> nnx.Module:
-    """A module with parameters drawn by numpy, which is much faster than running its initialisers one by one."""
+    """A module with parameters drawn by numpy: much faster than its initialisers, one by one."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
 
@@ -88,8 +89,10 @@ def random_weights(make) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.map(draw, state))
 
 
-def load_released(module: nnx.Module, tensors: dict[str, np.ndarray], prefix: str, name=source_name) -> nnx.Module:
-    """`module` with every parameter taken from `tensors`; each tensor under `prefix` must be used exactly once."""
+def load_released(
+    module: nnx.Module, tensors: dict[str, np.ndarray], prefix: str, name=source_name
+) -> nnx.Module:
+    """`module` with its parameters from `tensors`; every tensor under `prefix` must be used exactly once."""
     graphdef, state = nnx.split(module)
     flat, used = {}, set()
     for path, old in nnx.to_flat_state(state):
@@ -112,7 +115,8 @@ def parity(name: str) -> dict[str, np.ndarray]:
     for key, entry in json.loads(raw[8:start]).items():
         if key != "__metadata__":
             a, b = entry["data_offsets"]
-            tensors[key] = np.frombuffer(raw[start + a : start + b], dtypes[entry["dtype"]]).reshape(entry["shape"])
+            flat = np.frombuffer(raw[start + a : start + b], dtypes[entry["dtype"]])
+            tensors[key] = flat.reshape(entry["shape"])
     return tensors
 
 
@@ -128,9 +132,7 @@ def worst(ours, reference) -> float:
 
 @needs_parity
 def test_noise_prediction_matches_the_reference():
-    config = UNetConfig(
-        side=16, widths=(16, 32, 32, 32), heads=(2, 4, 4, 4), context_width=48, norm_groups=8
-    )
+    config = UNetConfig(side=16, widths=(16, 32, 32, 32), heads=(2, 4, 4, 4), context_width=48, norm_groups=8)
     unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
     unet = load_released(unet, parity("model"), "image_decoder.decoder.unet.")
     data = parity("f_unet_vae")
@@ -169,7 +171,13 @@ def tiny_unet(**changes) -> UNet:
 @pytest.mark.parametrize(
     "options",
     [
-        {"skips": "all", "attention": (False, True), "norm": "rms", "upsample": "nearest", "time_conditioning": "add"},
+        {
+            "skips": "all",
+            "attention": (False, True),
+            "norm": "rms",
+            "upsample": "nearest",
+            "time_conditioning": "add",
+        },
         {"skips": "levels", "layers_per_block": 2},
     ],
 )
@@ -205,7 +213,8 @@ def test_injected_maps_reach_the_mid_block():
             seen.append(mid)
             return skips, mid
 
-        unet(*inputs(), sync=sync, inject=[jnp.full((2, side, side, width), amount) for side, width in shapes])
+        maps = [jnp.full((2, side, side, width), amount) for side, width in shapes]
+        unet(*inputs(), sync=sync, inject=maps)
         return seen[0]
 
     assert float(jnp.max(jnp.abs(mid_map(0.0) - mid_map(1.0)))) > 1e-3
@@ -217,12 +226,14 @@ def test_masked_context_has_no_effect():
     mask, everything = jnp.array([[1, 1, 1, 0, 0]] * 2), jnp.ones((2, 5), jnp.int32)
     other = context.at[:, 3:].set(9.0)
     np.testing.assert_allclose(predict(x, t, context, mask), predict(x, t, other, mask), atol=1e-6)
-    assert float(jnp.max(jnp.abs(predict(x, t, context, everything) - predict(x, t, other, everything)))) > 1e-4
+    moved = predict(x, t, context, everything) - predict(x, t, other, everything)
+    assert float(jnp.max(jnp.abs(moved))) > 1e-4
 
 
 def test_input_gate_hides_pure_noise_and_shows_clean_images():
     x, _, context = inputs()
-    gated, plain = jax.jit(tiny_unet()), jax.jit(tiny_unet(input_gate=None))
+    small = dict(widths=(8,), heads=(2,), attention=(False,), mid_layers=0)
+    gated, plain = jax.jit(tiny_unet(**small)), jax.jit(tiny_unet(**small, input_gate=None))
     zero, one, half = jnp.zeros(2), jnp.ones(2), jnp.full(2, 0.5)
     np.testing.assert_allclose(gated(x, zero, context), plain(x, zero, context), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(gated(x, one, context), gated(3 * x, one, context))
@@ -230,21 +241,17 @@ def test_input_gate_hides_pure_noise_and_shows_clean_images():
     np.testing.assert_allclose(gated(x, half, context), plain(x * 2 / 3, half, context), rtol=1e-4, atol=1e-5)
 
 
-def test_rematerialisation_leaves_the_gradient_unchanged():
-    x, t, context = inputs(side=4)
+def test_every_block_is_rematerialised_on_request():
+    x, t, context = inputs()
 
-    def gradient(remat):
-        unet = tiny_unet(remat=remat, side=4, widths=(8,), heads=(2,), attention=(True,), mid_layers=0)
+    def blocks(remat):
+        unet = tiny_unet(remat=remat)
         graphdef, state = nnx.split(unet)
         f = jax.grad(lambda s: jnp.mean(nnx.merge(graphdef, s)(x, t, context) ** 2))
-        return str(jax.make_jaxpr(f)(state)).count("remat"), jax.jit(f)(state)
+        return len(re.findall(r"= (remat\w*|checkpoint)\[", str(jax.make_jaxpr(f)(state))))
 
-    (none, plain), (some, remat) = gradient("none"), gradient("full")
-    assert none == 0 and some > 0
-    plain, remat = jax.tree.leaves(plain), jax.tree.leaves(remat)
-    for a, b in zip(plain, remat):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    assert max(float(jnp.max(jnp.abs(a))) for a in plain) > 1e-3
+    assert blocks("none") == 0
+    assert blocks("full") >= 6  # two on the way down, three in the middle, one on the way up
 
 
 def test_every_parameter_has_an_axis_name_per_dimension_and_state_keys_are_strings():
@@ -260,12 +267,9 @@ def test_compute_dtype_is_that_of_the_input():
 
 
 def test_fresh_weights_keep_the_prediction_at_unit_scale():
-    @jax.jit
-    def fresh():
-        return UNet(UNetConfig(**TINY), rngs=nnx.Rngs(0))(*inputs())
-
-    prediction = fresh()
-    assert 0.1 < float(jnp.std(prediction)) < 10
+    config = UNetConfig(**TINY | dict(widths=(8,), heads=(2,), attention=(False,), mid_layers=0))
+    unet = UNet(config, rngs=nnx.Rngs(0))
+    assert 0.2 < float(jnp.std(jax.jit(unet)(*inputs()))) < 5
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class AutoencoderConfig:
             ConfigError: `side` is no multiple of :attr:`factor`.
         """
         if side % self.factor:
-            raise ConfigError(f"images of side {side} do not divide by the autoencoder's factor {self.factor}")
+            raise ConfigError(f"image side {side} does not divide by the autoencoder's factor {self.factor}")
         at = side // self.factor
         return at, at, 3 if self.kind == "identity" else self.latent_channels
 
@@ -94,7 +94,8 @@ class Posterior(NamedTuple):
         """A draw, or the mean when `key` is None."""
         if key is None:
             return self.mean
-        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> jax.Array:
         """KL divergence from the standard normal in nats, summed over each image: [B]."""
@@ -103,7 +104,7 @@ class Posterior(NamedTuple):
 
 
 class Downsample(nnx.Module):
-    """3x3 convolution of stride 2 with a border on the right and the bottom only, as in the released weights."""
+    """3x3 convolution of stride 2, its zero border on the right and the bottom only, as in the reference."""
 
     def __init__(self, d: int, *, rngs: nnx.Rngs):
         self.conv = Conv(d, d, stride=2, padding=((0, 1), (0, 1)), rngs=rngs)
@@ -198,7 +199,7 @@ class KLAutoencoder(nnx.Module):
         self.post_quant = Conv(c, c, 1, rngs=rngs) if config.quant else None
 
     def posterior(self, pixels: jax.Array) -> Posterior:
-        """Pixels [B, h, w, 3] in [-1, 1] -> distribution over unscaled latents; log variance within [-30, 20]."""
+        """Pixels [B, h, w, 3] -> Gaussian over unscaled latents, its log variance within [-30, 20]."""
         moments = self.encoder(pixels)
         if self.quant is not None:
             moments = self.quant(moments)
@@ -206,7 +207,10 @@ class KLAutoencoder(nnx.Module):
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
     def encode(self, pixels: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c]: a posterior sample, its mean without key."""
+        """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c].
+
+        They are a sample of the posterior, or its mean when `key` is None.
+        """
         return (self.posterior(pixels).sample(key) - self.config.shift) * self.config.latent_scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -256,7 +260,9 @@ class IdentityAutoencoder(nnx.Module):
 
     def loss(self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None):
         """Raises ConfigError: there is nothing to train."""
-        raise ConfigError("the identity autoencoder has nothing to train; choose kind='kl' or another objective")
+        raise ConfigError(
+            "the identity autoencoder has nothing to train; choose kind='kl' or train the model"
+        )
 
 
 def make_autoencoder(config: AutoencoderConfig, *, rngs: nnx.Rngs) -> KLAutoencoder | IdentityAutoencoder:

@@ -1,6 +1,7 @@
 """The denoising diffusion schedule (DDPM): noising, targets and the ancestral sampler.
 
-Time is a step t in 0..T-1; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t the cumulative product of 1 - beta.
+Time is a step t in 0..T-1; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, with a_t the product of
+1 - beta up to t.
 Source: Ho et al. 2020 (arXiv 2006.11239); the settings and the sampling grid of the released MM-Interleaved
 are in ``specs/mm_interleaved.md`` sections 5 and 9.
 """
@@ -24,7 +25,7 @@ class Noised(NamedTuple):
 
     Attributes:
         x_t: noisy input, the shape of x0.
-        t: time of each image as the model gets it, [B]: int32 steps of a diffusion, float32 in [0, 1] of a flow.
+        t: time of each image as the model gets it, [B]: steps (int32) of a diffusion, in [0, 1] of a flow.
         target: what the model should predict, float32, the shape of x0.
         weight: factor on the loss of each image, [B].
     """
@@ -38,8 +39,8 @@ class Noised(NamedTuple):
 def betas(kind: BetaKind, steps: int, start: float, end: float) -> np.ndarray:
     """Variance added by each step, float64 [steps].
 
-    ``linear`` from `start` to `end`; ``scaled_linear`` linear in the square root (Stable Diffusion); ``cosine``
-    ignores both ends (Nichol and Dhariwal 2021, arXiv 2102.09672).
+    ``linear`` from `start` to `end`; ``scaled_linear`` linear in the square root (Stable Diffusion);
+    ``cosine`` ignores both ends (Nichol and Dhariwal 2021, arXiv 2102.09672).
     """
     if kind == "linear":
         return np.linspace(start, end, steps)
@@ -58,7 +59,10 @@ def per_image(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def draw_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal [B, ...]: from one key, or from one key per image so that an image does not depend on its batch."""
+    """Standard normal [B, ...], from one key or from one key per image [B].
+
+    With its own key an image does not depend on the batch it is in.
+    """
     if _is_batch(key):
         return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(key)
     return jax.random.normal(key, shape)
@@ -168,8 +172,8 @@ class Diffusion:
             shape: [B, ...] of the images.
             key: one key, or one per image [B] so that each image depends on its own key alone.
             steps: sampling steps, static.
-            initial, noise: the starting noise [B, ...] and that of each step [steps, B, ...] when they are not
-                to be drawn from `key`.
+            initial, noise: the starting noise [B, ...] and that of each step [steps, B, ...], when they are
+                not to be drawn from `key`.
 
         Returns:
             x0, float32 of `shape`.

@@ -18,7 +18,7 @@ TimeKind = Literal["uniform", "logit_normal"]
 
 
 def shifted(u, shift: float):
-    """Moves times towards noise: s u / (1 + (s - 1) u); 0 and 1 stay where they are. Arrays of numpy or jax."""
+    """Moves times towards noise, keeping 0 and 1: s u / (1 + (s - 1) u). Arrays of numpy or jax."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -29,7 +29,8 @@ class Flow:
         prediction: ``x0`` the clean image, or ``velocity`` dx/dt = eps - x0.
         shift: time shift of training; 1 is none.
         sample_shift: time shift of the sampling grid; that of training unless given.
-        times: distribution of u before the shift in training: ``uniform``, or ``logit_normal`` sigmoid(N(0, 1)).
+        times: distribution of u before the shift in training: ``uniform``, or ``logit_normal``, which is
+            sigmoid(N(0, 1)).
     """
 
     def __init__(

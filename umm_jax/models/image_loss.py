@@ -2,20 +2,15 @@
 
 On flat pictures most pixels are background, and after an edit most blocks are copies; a plain mean error then
 rewards everything but the content. Weights per block of pixels restore the balance.
-Source: our world recipe, ``specs/world_recipe.md`` section 3 (1 + 4 on detail + 6 on change, blocks of one cell).
+Source: our world recipe, ``specs/world_recipe.md`` section 3: 1 + 4 on detail + 6 on change, block = cell.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def _any_in_block(flags: jax.Array, block: int) -> jax.Array:
-    """[B, h/b, b, w/b, b] of per-pixel flags -> True on whole blocks that hold a True: [B, h, w, 1]."""
-    blocks = jnp.any(flags, axis=(2, 4))
-    return _spread(blocks, block)
-
-
 def _spread(blocks: jax.Array, block: int) -> jax.Array:
+    """One value per block -> one per pixel: [B, h/b, w/b] -> [B, h, w, 1]."""
     return jnp.repeat(jnp.repeat(blocks, block, axis=1), block, axis=2)[..., None]
 
 
@@ -58,8 +53,8 @@ def block_weights(
     spread = jnp.max(tiles, axis=(2, 4)) - jnp.min(tiles, axis=(2, 4))
     weights = 1.0 + detail * _spread(jnp.any(spread > eps, axis=-1), block)
     if previous is not None and change:
-        differs = jnp.abs(_tiles(previous.astype(jnp.float32), block) - tiles) > eps
-        changed = _any_in_block(jnp.any(differs, axis=-1), block)
+        difference = jnp.abs(_tiles(previous.astype(jnp.float32), block) - tiles)
+        changed = _spread(jnp.any(difference > eps, axis=(2, 4, 5)), block)
         if has_previous is not None:
             changed = changed & has_previous.astype(bool)[:, None, None, None]
         weights = weights + change * changed
@@ -75,7 +70,10 @@ def pool_weights(weights: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def weighted_mse(
-    prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None, image_weight: jax.Array | None = None
+    prediction: jax.Array,
+    target: jax.Array,
+    weights: jax.Array | None = None,
+    image_weight: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted squared error of each image as numerator and denominator.
 
@@ -88,7 +86,8 @@ def weighted_mse(
         (sum, weight), both [B] float32: sum of weight times the mean over channels of the squared error, and
         the sum of weights. sum(sum) / sum(weight) over images is the mean error.
     """
-    error = jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1, keepdims=True)
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    error = jnp.mean(difference**2, axis=-1, keepdims=True)
     weights = jnp.ones(error.shape, jnp.float32) if weights is None else weights
     total = jnp.sum(error * weights, axis=(1, 2, 3))
     weight = jnp.sum(weights, axis=(1, 2, 3))

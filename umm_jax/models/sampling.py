@@ -1,8 +1,8 @@
 """One interface to the schedules: how images are noised for training and drawn from noise.
 
-    schedule = make_schedule(ScheduleConfig(kind="flow", prediction="x0", shift=3.0))
-    x_t, t, target, weight = schedule.noised(x0, key)                   # training, fields of ``Noised``
-    x0 = schedule.sample(predict, (b, h, w, c), key, steps=8)            # predict(x_t, t) -> prediction
+schedule = make_schedule(ScheduleConfig(kind="flow", prediction="x0", shift=3.0))
+x_t, t, target, weight = schedule.noised(x0, key)                   # training, fields of ``Noised``
+x0 = schedule.sample(predict, (b, h, w, c), key, steps=8)            # predict(x_t, t) -> prediction
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class ScheduleConfig:
     guidance: float = 1.0
 
     def __post_init__(self):
-        make_schedule(self).timesteps(self.sample_steps)  # so that a wrong value shows when the config is read
+        # Building it once shows a wrong value when the config is read, not when the run draws.
+        make_schedule(self).timesteps(self.sample_steps)
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
@@ -68,5 +69,5 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
 
 
 def guided(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """Classifier-free guidance u + g (c - u); 1 is the conditional prediction (Ho and Salimans, arXiv 2207.12598)."""
+    """Classifier-free guidance, u + g (c - u): 1 is none (Ho and Salimans 2022, arXiv 2207.12598)."""
     return unconditional + scale * (conditional - unconditional)

@@ -1,6 +1,6 @@
 """The denoising UNet of the image decoder: Stable Diffusion 2.1 by default, a small pixel decoder by config.
 
-    conv_in -> down levels (residual blocks, transformers to the text, halving) -> mid -> up levels -> conv_out
+    conv_in -> down levels (residual blocks, transformers, halving) -> mid -> up levels -> conv_out
 
 Every feature kept for the up path is a *skip*. Between the mid block and the up path the caller may change
 the skips and the mid map: this is where the feature synchronizer looks back at earlier images.
@@ -57,8 +57,8 @@ class UNetConfig:
         transformer_layers: layers of each transformer outside the mid block.
         mlp_multiple: hidden width of the transformers' MLP over their width.
         norm, norm_groups, activation: of the residual blocks.
-        skips: ``all`` keeps every feature of the way down (the reference: one more residual block per level on
-            the way up than down); ``levels`` keeps one per level but the coarsest, for small models.
+        skips: ``all`` keeps every feature of the way down, and a level has one more residual block on the way
+            up than down (the reference); ``levels`` keeps one per level but the coarsest, for small models.
         patch: the input is folded by this factor (space to depth) and the prediction unfolded.
         time_scale: factor on t before its sin-cos table; 1 for steps 0..999, 1000 for flow times in [0, 1].
         time_conditioning, upsample: see ``unet_blocks``.
@@ -141,7 +141,7 @@ class UNetConfig:
 
 
 class Level(nnx.Module):
-    """Residual blocks and their transformers (none where a level has no attention), then one change of side."""
+    """Residual blocks and their transformers (none without attention), then one change of side or none."""
 
     def __init__(
         self, resnets: Sequence[nnx.Module], attentions: Sequence[nnx.Module], resample: nnx.Module | None
@@ -258,7 +258,7 @@ class UNet(nnx.Module):
         """
         c = self.config
         if x.shape[1] % c.factor or x.shape[2] % c.factor:
-            raise ValueError(f"input of {x.shape[1]}x{x.shape[2]} must have sides that are multiples of {c.factor}")
+            raise ValueError(f"sides of the input {x.shape[1]}x{x.shape[2]} must be multiples of {c.factor}")
         context = context.astype(x.dtype)
         mask = None if context_mask is None else context_mask.astype(bool)
         time = self.time(t)

@@ -1,8 +1,8 @@
 """The blocks a convolutional image decoder is made of: residual, transformer, down- and up-sampling.
 
 Shared by the latent UNet (``unet.py``) and the autoencoder (``autoencoder.py``). Maps are NHWC: [B, h, w, C].
-Source: Stable Diffusion 2.1 as described in ``specs/mm_interleaved.md`` sections 5 and 11; sub-module names follow
-the roles of the released checkpoints so that a conversion table stays a list of renamings.
+Source: Stable Diffusion 2.1 as described in ``specs/mm_interleaved.md`` sections 5 and 11; sub-modules
+follow the roles of the released checkpoints, so that a conversion table stays a list of renamings.
 """
 
 import math
@@ -31,14 +31,14 @@ Upsampling = Literal["nearest", "depth_to_space"]
 
 
 def make_norm(kind: NormKind, width: int, groups: int, eps: float, rngs: nnx.Rngs) -> nnx.Module:
-    """``group``: over space and groups of channels. ``rms``: over the channels of each pixel, cheaper on CPU."""
+    """``group``: over space and groups of channels. ``rms``: over the channels of each pixel, cheaper."""
     if kind == "group":
         return GroupNorm(width, groups, eps=eps, rngs=rngs)
     return RMSNorm(width, eps=eps, axis="conv_out", rngs=rngs)
 
 
 def timestep_embedding(t: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
-    """Sin-cos table of diffusion times: [B] -> [B, width] float32, cosines first, w_k = max_period^(-k/(width/2))."""
+    """Sin-cos table of times, cosines first: [B] -> [B, width] float32, w_k = max_period^(-k / (width/2))."""
     half = width // 2
     rates = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * rates
@@ -59,7 +59,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))) with the time vector mixed in before the second norm or after it.
+    """x + conv(act(norm(conv(act(norm(x)))))), the time vector mixed in before or after the second norm.
 
     Args:
         d_in, d_out: channels; a 1x1 convolution carries the residual when they differ.
@@ -112,7 +112,10 @@ class ResnetBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of [B, T, d] to itself or to a context [B, S, d_context]; output biased, q, k, v optionally."""
+    """Multi-head attention of [B, T, d] to itself or to a context [B, S, d_context].
+
+    The output projection has a bias; q, k and v have one on request.
+    """
 
     def __init__(
         self, d: int, heads: int, *, d_context: int | None = None, bias: bool = False, rngs: nnx.Rngs
@@ -129,7 +132,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """`mask` [B, S] is True where the context may be read; None is everywhere."""
         context = x if context is None else context
-        q, k, v = (split_heads(f(a), self.heads) for f, a in ((self.q, x), (self.k, context), (self.v, context)))
+        q, k, v = (split_heads(y, self.heads) for y in (self.q(x), self.k(context), self.v(context)))
         return self.out(merge_heads(attend(q, k, v, None if mask is None else mask[:, None])))
 
 
@@ -146,7 +149,7 @@ class GatedMLP(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-LN self-attention, cross-attention to the context, GEGLU MLP, each with a residual; [B, T, d] -> same."""
+    """Pre-LN self-attention, cross-attention to the context and GEGLU MLP, each with a residual."""
 
     def __init__(self, d: int, heads: int, d_context: int, *, mlp_multiple: int = 4, rngs: nnx.Rngs):
         self.norm_1, self.norm_2, self.norm_3 = (LayerNorm(d, rngs=rngs) for _ in range(3))
@@ -178,7 +181,10 @@ class SpatialTransformer(nnx.Module):
         self.norm = make_norm(norm, d, groups, 1e-6, rngs)
         self.proj_in = Linear(d, d, axes=(None, "embed"), rngs=rngs)
         self.blocks = Modules(
-            [TransformerBlock(d, heads, d_context, mlp_multiple=mlp_multiple, rngs=rngs) for _ in range(layers)]
+            [
+                TransformerBlock(d, heads, d_context, mlp_multiple=mlp_multiple, rngs=rngs)
+                for _ in range(layers)
+            ]
         )
         self.proj_out = Linear(d, d, axes=("embed", None), rngs=rngs)
 
