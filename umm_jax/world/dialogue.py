@@ -1,6 +1,7 @@
 """Sampling dialogues: which operation comes next, about what, until the budget of images or words is spent."""
 
 import random
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
@@ -27,7 +28,7 @@ class Choice:
             self._sums.append((self._sums[-1] if self._sums else 0.0) + weights[name])
 
     def __call__(self, rng: random.Random) -> str:
-        return rng.choices(self.names, cum_weights=self._sums)[0]
+        return self.names[bisect(self._sums, rng.random() * self._sums[-1], 0, len(self.names) - 1)]
 
 
 class Sampler:
