@@ -162,8 +162,9 @@ class WorldConfig:
             raise ConfigError(f"need 1 <= min_objects <= max_objects < {self.grid**2}")
         if not 0 <= self.talk[0] <= self.talk[1]:
             raise ConfigError(f"talk must be (least, most), got {self.talk}")
-        if self.max_images < 1 or self.max_words < 48 or self.held_out_one_in < 2:
-            raise ConfigError("need max_images >= 1, max_words >= 48 and held_out_one_in >= 2")
+        # There are words for sixteen pictures, and split "length" shows twice as many as training.
+        if not 1 <= self.max_images <= 8 or self.max_words < 48 or self.held_out_one_in < 2:
+            raise ConfigError("need 1 <= max_images <= 8, max_words >= 48 and held_out_one_in >= 2")
         for colour, shape in self.held_out_pairs:
             if colour not in self.colours or shape not in self.shapes:
                 raise ConfigError(f"held_out_pairs: there is no {colour} {shape} in this world")
