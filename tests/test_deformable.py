@@ -44,13 +44,18 @@ def _loop(values, locations, weights, sides):
 @pytest.mark.parametrize("implementation", ["gather", "hat"])
 def test_sample_is_the_definition(implementation):
     inputs = _inputs()
-    out = sample(*map(jnp.asarray, inputs), SIDES, implementation=implementation)
+    run = jax.jit(lambda *a: sample(*a, SIDES, implementation=implementation))
+    out = run(*map(jnp.asarray, inputs))
     np.testing.assert_allclose(out, _loop(*inputs, SIDES), atol=1e-5)
 
 
 def _value_and_grads(implementation, inputs, sides, cotangent):
-    out, back = jax.vjp(lambda *a: sample(*a, sides, implementation=implementation), *inputs)
-    return (out, *back(cotangent))
+    @jax.jit
+    def run(inputs, cotangent):
+        out, back = jax.vjp(lambda *a: sample(*a, sides, implementation=implementation), *inputs)
+        return (out, *back(cotangent))
+
+    return run(inputs, cotangent)
 
 
 @pytest.mark.parametrize("on_centres", [False, True])

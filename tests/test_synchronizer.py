@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import backbone_sync_params, decoder_sync_params, fixture, load, small
+from parity import backbone_sync_params, decoder_sync_params, fixture, load, make, small
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.synchronizer import (
@@ -20,6 +20,11 @@ from umm_jax.models.synchronizer import (
 TINY = SynchronizerConfig(
     d_query=12, d_maps=8, d_values=8, d_out=12, heads=2, points=3, sides=(4, 2), base=4, max_images=5
 )
+
+
+@nnx.jit
+def _run(sync, x, maps, visible):
+    return sync(x, sync.project(maps), visible)
 
 
 def _maps(n, b=2, seed=0, sides=(4, 2), width=8):
@@ -47,40 +52,40 @@ def test_softmax_plus_one_sums_to_one_and_survives_large_logits():
 
 
 def test_an_image_that_is_not_visible_cannot_matter():
-    sync = Synchronizer(TINY, rngs=nnx.Rngs(0))
+    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     query, maps = _query(), _maps(3)
     visible = jnp.array([[[1, 0, 1]] * 6, [[0, 1, 0]] * 6], bool)
-    out = sync(query, sync.project(maps), visible)
+    out = _run(sync, query, maps, visible)
     changed = [m.at[0, 1].add(5.0).at[1, 0].add(5.0).at[1, 2].add(5.0) for m in maps]
-    np.testing.assert_array_equal(out, sync(query, sync.project(changed), visible))
+    np.testing.assert_array_equal(out, _run(sync, query, changed, visible))
     # ... nor can its mere presence: leaving it out gives the same.
-    left = sync(query[:1], sync.project([m[:1, ::2] for m in maps]), visible[:1, :, ::2])
+    left = _run(sync, query[:1], [m[:1, ::2] for m in maps], visible[:1, :, ::2])
     np.testing.assert_allclose(out[:1], left, atol=1e-6)
     # A visible one does matter, and visibility is per query.
-    changed = sync.project([m.at[0, 0].add(5.0) for m in maps])
-    assert np.abs(sync(query, changed, visible)[0] - out[0]).max() > 1e-3
+    changed = [m.at[0, 0].add(5.0) for m in maps]
+    assert np.abs(_run(sync, query, changed, visible)[0] - out[0]).max() > 1e-3
     first = visible.at[0, 2].set(False)
-    moved = np.abs(sync(query, sync.project(maps), first) - out).max((0, 2))
+    moved = np.abs(_run(sync, query, maps, first) - out).max((0, 2))
     assert moved[2] > 1e-4 and np.delete(moved, 2).max() == 0
 
 
 def test_row_visibility_is_broadcast_to_queries():
-    sync = Synchronizer(TINY, rngs=nnx.Rngs(0))
-    query, values = _query(), sync.project(_maps(3))
+    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    query, maps = _query(), _maps(3)
     visible = jnp.array([[1, 0, 1], [0, 1, 0]], bool)
     every = jnp.broadcast_to(visible[:, None], (2, 6, 3))
-    np.testing.assert_allclose(sync(query, values, visible), sync(query, values, every), atol=1e-6)
+    np.testing.assert_allclose(_run(sync, query, maps, visible), _run(sync, query, maps, every), atol=1e-6)
 
 
 def test_without_images_the_bias_path_remains():
-    sync = Synchronizer(TINY, rngs=nnx.Rngs(0))
+    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     sync.out.bias[...] = jnp.arange(12.0)
-    out = sync(_query(), sync.project(_maps(1)), jnp.zeros((2, 1), bool))
+    out = _run(sync, _query(), _maps(1), jnp.zeros((2, 1), bool))
     np.testing.assert_allclose(out, np.broadcast_to(np.arange(12.0), (2, 6, 12)), atol=1e-6)
 
 
 def test_too_many_images_and_wrong_maps():
-    sync = Synchronizer(TINY, rngs=nnx.Rngs(0))
+    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ConfigError, match="max_images >= 6"):
         sync(_query(), sync.project(_maps(5)), jnp.ones((2, 5), bool))
     with pytest.raises(ValueError, match="do not have the sides"):
@@ -91,28 +96,28 @@ def test_too_many_images_and_wrong_maps():
 
 def test_the_release_starts_as_identity_and_a_small_model_alive():
     query, visible = _query(), jnp.ones((2, 6, 3), bool)
-    closed = BackboneSync(TINY, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(closed(query, closed.project(_maps(3)), visible), query)
-    opened = BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0))
-    assert np.abs(opened(query, opened.project(_maps(3)), visible) - query).max() > 1e-2
+    closed = make(lambda: BackboneSync(TINY, rngs=nnx.Rngs(0)))
+    np.testing.assert_array_equal(_run(closed, query, _maps(3), visible), query)
+    opened = make(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
+    assert np.abs(_run(opened, query, _maps(3), visible) - query).max() > 1e-2
 
     pixels = _query(q=9).reshape(2, 3, 3, 12)
-    closed = DecoderSync(TINY, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(closed(pixels, closed.project(_maps(1)), jnp.ones((2, 1))), pixels)
-    opened = DecoderSync(TINY, out_init=0.3, rngs=nnx.Rngs(0))
-    assert np.abs(opened(pixels, opened.project(_maps(1)), jnp.ones((2, 1))) - pixels).max() > 1e-2
+    closed = make(lambda: DecoderSync(TINY, rngs=nnx.Rngs(0)))
+    np.testing.assert_array_equal(_run(closed, pixels, _maps(1), jnp.ones((2, 1))), pixels)
+    opened = make(lambda: DecoderSync(TINY, out_init=0.3, rngs=nnx.Rngs(0)))
+    assert np.abs(_run(opened, pixels, _maps(1), jnp.ones((2, 1))) - pixels).max() > 1e-2
     np.testing.assert_allclose(opened.gate[...], 0.3)
 
 
 def test_every_parameter_learns():
-    sync = BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0))
+    sync = make(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(sync)
 
     def loss(state):
         module = nnx.merge(graphdef, state)
         return jnp.sum(module(_query(), module.project(_maps(3)), jnp.ones((2, 6, 3), bool)) ** 2)
 
-    for path, grad in nnx.to_flat_state(jax.grad(loss)(state)):
+    for path, grad in nnx.to_flat_state(jax.jit(jax.grad(loss))(state)):
         # The ignore slot is frozen by definition; every row of the index table but "invisible" is used.
         assert (np.abs(grad[...]).max() > 0) == (path != ("core", "ignore")), path
 
@@ -121,7 +126,7 @@ def _backbone(state):
     config = SynchronizerConfig(
         d_query=64, d_maps=32, d_values=32, d_out=64, heads=4, points=4, sides=(8, 4, 2), base=16
     )
-    return load(BackboneSync(config, rngs=nnx.Rngs(0)), state)
+    return load(lambda: BackboneSync(config, rngs=nnx.Rngs(0)), state)
 
 
 def test_reference_in_the_language_model():
@@ -129,15 +134,16 @@ def test_reference_in_the_language_model():
     sync = _backbone(backbone_sync_params(small("b1."), "weights"))
     flat = jnp.asarray(t["vision_hidden_states"])
     levels = jnp.split(flat, [64, 80], axis=2)
-    values = sync.project([m.reshape(2, 3, s, s, 32) for m, s in zip(levels, (8, 4, 2))])
+    maps = [m.reshape(2, 3, s, s, 32) for m, s in zip(levels, (8, 4, 2))]
     visible = jnp.asarray(t["cross_attention_mask"]) > 0
     x = jnp.asarray(t["hidden_states"])
-    np.testing.assert_allclose(sync(x, values, visible) - x, t["output"], atol=1e-5)
-    core = sync.core(sync.query_norm(x), values, visible)
+    np.testing.assert_allclose(_run(sync, x, maps, visible) - x, t["output"], atol=1e-5)
+    values = nnx.jit(BackboneSync.project)(sync, maps)
+    core = nnx.jit(Synchronizer.__call__)(sync.core, sync.query_norm(x), values, visible)
     np.testing.assert_allclose(core, t["core_output"], atol=1e-5)
     # Cached decoding: the last row of the mask belongs to the new token.
     x = jnp.asarray(t["hidden_states_decode"])
-    np.testing.assert_allclose(sync(x, values, visible[:, -1:]) - x, t["output_decode"], atol=1e-5)
+    np.testing.assert_allclose(_run(sync, x, maps, visible[:, -1:]) - x, t["output_decode"], atol=1e-5)
 
 
 def _decoder(state, prefix, side, width):
@@ -153,8 +159,9 @@ def _decoder(state, prefix, side, width):
         base=side,
         max_images=10,
     )
-    sync = DecoderSync(config, position_grid=16, rngs=nnx.Rngs(0))
-    return load(sync, decoder_sync_params(state, prefix))
+    return load(
+        lambda: DecoderSync(config, position_grid=16, rngs=nnx.Rngs(0)), decoder_sync_params(state, prefix)
+    )
 
 
 def _decoder_maps(t, name):
@@ -173,10 +180,10 @@ def test_reference_in_the_image_decoder():
     for name, where in [*blocks, ("mid", f"{prefix}mmfs_mid_block")]:
         x = jnp.asarray(t[f"{name}_in"]).transpose(0, 2, 3, 1)
         sync = _decoder(state, where, x.shape[1], x.shape[-1])
-        out = sync(x, sync.project(maps), jnp.asarray(t["mask"]))
+        out = _run(sync, x, maps, jnp.asarray(t["mask"]))
         _close(out.transpose(0, 3, 1, 2), t[f"{name}_out"])
 
     x = jnp.asarray(t["skip_4_in"]).transpose(0, 2, 3, 1)
     sync = _decoder(state, f"{prefix}mmfs_down_blocks.4", 8, 32)
-    out = sync(x, sync.project(_decoder_maps(t, "feat2")), jnp.asarray(t["mask2"])) - x
+    out = _run(sync, x, _decoder_maps(t, "feat2"), jnp.asarray(t["mask2"])) - x
     _close(out.transpose(0, 3, 1, 2), t["block4_two_image_out"])

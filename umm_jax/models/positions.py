@@ -33,11 +33,13 @@ def sincos_2d(
     """
     if width % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width divisible by 4, got {width}")
+
+    def axis(source: int, target: int) -> np.ndarray:
+        table = resize_matrix(source, target, "bicubic") @ sincos_1d(source, width // 2, base=base)
+        return table.astype(np.float32)
+
     h, w = size or grid
-    rows, columns = (
-        (resize_matrix(source, target, "bicubic") @ sincos_1d(source, width // 2, base=base)).astype(np.float32)
-        for source, target in zip(grid, (h, w))
-    )
+    rows, columns = axis(grid[0], h), axis(grid[1], w)
     return jnp.concatenate(
         [
             jnp.broadcast_to(rows[:, None], (h, w, width // 2)),

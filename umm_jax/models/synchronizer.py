@@ -81,8 +81,7 @@ class SynchronizerConfig:
 def relative_index(visible: jax.Array) -> jax.Array:
     """How many visible images back each one is: bool [..., N] -> int [..., N].
 
-        visible  1 1 0 1
-        result   3 2 0 1
+    For example visible 1 1 0 1 gives 3 2 0 1.
     """
     m = visible.astype(jnp.int32)
     return m * (jnp.sum(m, axis=-1, keepdims=True) + 1 - jnp.cumsum(m, axis=-1))
