@@ -11,7 +11,8 @@ import pytest
 
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
 from umm_jax.errors import CheckpointError, DataError
-from umm_jax.evaluate import cost, html as pieces, report
+from umm_jax.evaluate import cost, report
+from umm_jax.evaluate import html as pieces
 
 
 def picture(value: int) -> ImageData:
@@ -48,7 +49,9 @@ def run(tmp_path):
     (folder / "eval").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"family": "mm_interleaved", "train": {"steps": 40}}))
     rows = [{"step": 0, "kind": "run", "devices": 1, "parameters": 5}]
-    rows += [{"step": s, "kind": "train", "loss": 2.0 / s, "loss/text": 1.0 / s, "lr": 0.1} for s in range(1, 41)]
+    rows += [
+        {"step": s, "kind": "train", "loss": 2.0 / s, "loss/text": 1.0 / s, "lr": 0.1} for s in range(1, 41)
+    ]
     rows += [{"step": 40, "kind": "eval", "eval/draw_scene_exact": 0.9, "seconds": 3.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     results = {
@@ -120,7 +123,14 @@ def test_the_page_is_whole_and_fetches_nothing(run):
     assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
     assert not re.search(r"https?://", text) and "<script" not in text
     words = " ".join(page.text)
-    for expected in ("Draws a scene", "random_cells", ".950", "not all right", "Right: on white : nothing", "2.49 M"):
+    for expected in (
+        "Draws a scene",
+        "random_cells",
+        ".950",
+        "not all right",
+        "Right: on white : nothing",
+        "2.49 M",
+    ):
         assert expected in words, expected
     # What users and models say is text, never markup.
     assert "<b>draw 0</b>" not in text and "&lt;b&gt;draw 0&lt;/b&gt;" in text
@@ -163,7 +173,9 @@ def test_curves_survive_a_killed_run(tmp_path):
 
 def test_long_curves_keep_their_last_point(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "kind": "train", "loss": 1.0}) + "\n" for s in range(5000)))
+    path.write_text(
+        "".join(json.dumps({"step": s, "kind": "train", "loss": 1.0}) + "\n" for s in range(5000))
+    )
     points = report.read_curves(path)["loss"]
     assert len(points) <= report.MOST_POINTS + 1 and points[-1][0] == 4999
 
@@ -180,7 +192,9 @@ def test_chart_axes_contain_their_points():
     assert pieces.curves("Nothing", {"a": []}) == ""
 
 
-@pytest.mark.parametrize("value, text", [(0.934, ".934"), (1.0, "1.00"), (0, ".000"), (None, "–"), (math.nan, "–")])
+@pytest.mark.parametrize(
+    "value, text", [(0.934, ".934"), (1.0, "1.00"), (0, ".000"), (None, "–"), (math.nan, "–")]
+)
 def test_numbers_as_people_read_them(value, text):
     assert pieces.number(value) == text
 

@@ -71,6 +71,13 @@ def split_overrides(extra: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
+def shows_colour(stream) -> bool:
+    """Whether `stream` is a terminal that says it can show 24-bit colour, and the user did not opt out."""
+    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return os.environ.get("COLORTERM", "") in ("truecolor", "24bit") or "direct" in os.environ["TERM"]
+
+
 def _complain(message: str, status: int) -> int:
     print(f"umm: error: {' '.join(message.split())}", file=sys.stderr)
     return status
@@ -130,13 +137,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=_positive, default=1024, help="largest number of pieces")
 
     p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
-    p.add_argument("path", help="an .array_record file, a folder of them, or a .json file")
+    p.add_argument("path", help="a folder of shards, one of them, or a .json, .jsonl or .msgpack file")
     p.add_argument("--index", type=int, default=0, help="first conversation to show")
     p.add_argument("--count", type=_positive, default=1, help="how many to show")
     p.add_argument("--images", metavar="FOLDER", help="write their pictures there")
+    p.add_argument("--html", metavar="FILE", help="write them as a page instead")
 
     p = command(of_data, "stats", _stats, "Count what a folder of shards holds.")
-    p.add_argument("path", help="a folder of shards, or one of them")
+    p.add_argument("path", help="whatever inspect opens")
+    p.add_argument("--tokenizer", metavar="FILE", help="count text tokens too")
     p.add_argument("--limit", type=_positive, default=2000, help="conversations to read at most")
 
     p = command(
@@ -251,7 +260,7 @@ def _tokenizer(args) -> None:
 
 
 def _inspect(args) -> None:
-    from umm_jax.data.inspect import open_any, show
+    from umm_jax.data.inspect import open_any, show, write_html
     from umm_jax.errors import DataError
 
     found = open_any(args.path)
@@ -260,17 +269,24 @@ def _inspect(args) -> None:
             f"{args.path}: there is no record {args.index}; it holds {len(found)}, counted from 0"
         )
     last = min(args.index + args.count, len(found))
+    chosen = range(args.index, last)
+    if args.html:
+        write_html((found[index] for index in chosen), args.html, title=args.path)
+        print(f"wrote {args.html}: records {args.index} to {last - 1} of {len(found)}")
+        return
     print(f"{args.path}: records {args.index} to {last - 1} of {len(found)}")
-    for index in range(args.index, last):
-        print("\n" + show(found[index], args.images))
+    for index in chosen:
+        print("\n" + show(found[index], args.images, colour=shows_colour(sys.stdout)))
 
 
 def _stats(args) -> None:
     import json
 
-    from umm_jax.data.inspect import open_any, statistics
+    from umm_jax.data.inspect import stats
+    from umm_jax.data.tokenizer import Tokenizer
 
-    print(json.dumps(statistics(open_any(args.path), args.limit), indent=1, ensure_ascii=False))
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    print(json.dumps(stats(args.path, tokenizer, args.limit), indent=1, ensure_ascii=False))
 
 
 def _train(args) -> None:
@@ -316,7 +332,7 @@ def _chat(args) -> None:
     from umm_jax.generate import chat, load_run
 
     loaded = load_run(args.folder, args.step, args.weights)
-    colour = args.preview == "always" or (args.preview == "auto" and chat.shows_colour(sys.stdout))
+    colour = args.preview == "always" or (args.preview == "auto" and shows_colour(sys.stdout))
     talk = chat.Chat(
         loaded.replier, loaded.run.reply, Path(args.folder) / "chat", seed=args.seed, colour=colour
     )
@@ -346,6 +362,8 @@ def _demo(args) -> None:
     world = [f"--preset={run.world.get('preset', 'tiny')}"]
     world += [f"--set={k}={_json(v)}" for k, v in run.world.get("overrides", {}).items()]
     data, tokenizer = workdir / "data", workdir / "tokenizer.model"
+    # No more pieces than the model has rows for.
+    vocab = run.model.get("backbone", {}).get("vocab", 1024)
     overrides += [
         f"--config.data.sources={_json([{'path': str(data)}])}",
         f"--config.data.tokenizer={tokenizer}",
@@ -356,7 +374,7 @@ def _demo(args) -> None:
         synthesize = ["data", "synthesize", "--source=world", *world, f"--count={run.world['count']}"]
         _do(*synthesize, f"--seed={run.train.seed}", f"--out={data}", f"--workers={os.cpu_count() or 1}")
         if not tokenizer.exists():
-            _do("data", "tokenizer", *world, f"--out={tokenizer}")
+            _do("data", "tokenizer", *world, f"--vocab={vocab}", f"--out={tokenizer}")
     _do("train", f"--config={args.config}", f"--workdir={workdir}", *overrides)
     _do("eval", f"--run={workdir}")
     _do("report", f"--run={workdir}")

@@ -1,7 +1,6 @@
 """Conversation in a terminal: lines in, text and pictures out, a few commands that begin with a slash."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import PIL.Image
 from umm_jax.config import ReplySettings, suggest
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, TaskCall, Text, Turn
 from umm_jax.data.files import storage_errors, write_atomic
+from umm_jax.data.inspect import preview
 from umm_jax.errors import ConfigError, DataError, UserError
 
 HELP = """\
@@ -24,6 +24,7 @@ HELP = """\
   /mode MODE     auto: the model decides; text: words only; image: draw first
   /quit          leave (as does the end of input)"""
 MODES = ("auto", "text", "image")
+COLUMNS = 48  # width of a preview in characters
 LARGEST = 2048  # longer side of an attached picture in pixels; larger ones are reduced before they are kept
 
 
@@ -99,7 +100,7 @@ class Chat:
             path = self._next_file()
             save_png(pixels, path)
             if self.colour:
-                self.write(preview(pixels))
+                self.write(preview(pixels, COLUMNS))
             self.write(f"[picture: {path}]")
 
     def write(self, text: str) -> None:
@@ -112,7 +113,7 @@ class Chat:
         # The family's serializer fits it to the size the model sees; here only the outlandish is reduced.
         self.attached[f"upload{len(self.conversation.images) + len(self.attached)}"] = picture
         if self.colour:
-            self.write(preview(picture.array()))
+            self.write(preview(picture.array(), COLUMNS))
         self.write(f"(attached {path}, {picture.width} x {picture.height}; now say something about it)")
 
     def save(self, path: str) -> None:
@@ -222,30 +223,3 @@ def read_image(path: str) -> ImageData:
 def save_png(pixels: np.ndarray, path: Path) -> None:
     """uint8[h, w, 3] as a PNG file. Raises StorageError."""
     write_atomic(path, ImageData.from_array(pixels).data)
-
-
-def shows_colour(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that says it can show 24-bit colour, and the user did not opt out."""
-    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb":
-        return False
-    return os.environ.get("COLORTERM", "") in ("truecolor", "24bit") or "direct" in os.environ["TERM"]
-
-
-def preview(pixels: np.ndarray, columns: int = 48) -> str:
-    """A picture as half blocks: each character shows two pixels, its foreground the upper one.
-
-    At most `columns` characters wide. Pixels are repeated or left out, never mixed, so that small drawings
-    stay sharp.
-    """
-    h, w = pixels.shape[:2]
-    wide = w * max(1, columns // w) if w <= columns else columns
-    high = max(1, round(h * wide / w))
-    high += high % 2
-    rows = pixels[(np.arange(high) * h) // high][:, (np.arange(wide) * w) // wide]
-    lines = []
-    for upper, lower in zip(rows[0::2].tolist(), rows[1::2].tolist()):
-        cells = [
-            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m\u2580" for a, b in zip(upper, lower)
-        ]
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
