@@ -268,21 +268,21 @@ class Sampler:
         while True:
             talk = Talk(self.world)
             if split == "length":
-                self._fill(rng, talk, split, 2 * config.max_images, 3 * config.max_words, config.talk)
+                self.fill(rng, talk, split, 2 * config.max_images, 3 * config.max_words, config.talk)
                 if len(talk.state.pictures) <= config.max_images:
                     continue
             elif split == "distance":
-                self._fill(rng, talk, split, max(2, config.max_images), 3 * config.max_words, DISTANCES)
+                self.fill(rng, talk, split, max(2, config.max_images), 3 * config.max_words, DISTANCES)
                 if len(talk.state.pictures) < 2:
                     continue
             elif split == "hard-distractor":
                 if not self._mislead(rng, talk, split):
                     continue
             else:
-                self._fill(rng, talk, split, config.max_images, config.max_words, config.talk)
+                self.fill(rng, talk, split, config.max_images, config.max_words, config.talk)
             return talk
 
-    def _fill(self, rng, talk: Talk, split: str, images: int, budget: int, pause: Sequence[int]) -> None:
+    def fill(self, rng, talk: Talk, split: str, images: int, budget: int, pause: Sequence[int]) -> None:
         """Pictures with talk between them until the budget of images or words is spent."""
         config = self.config
         first = self.world.holdout.sample(rng, split)

@@ -147,15 +147,21 @@ class Talk:
             state = state._replace(salient=exchange.salient, salient_turn=turn)
         self.state = state
 
-    def conversation(self, name: str, split: str = "train", **meta) -> Conversation:
-        """The record, with every picture drawn. Raises ValueError when an upload was left unsaid."""
+    def conversation(self, name: str, split: str = "train", turns: int | None = None, **meta) -> Conversation:
+        """The record of the first `turns` turns (all of them), with their pictures drawn.
+
+        Raises:
+            ValueError: an upload was left unsaid.
+        """
         if self._pending:
             raise ValueError("an uploaded picture waits for the user to say something")
+        said = tuple(self.turns[:turns])
+        shown = dict.fromkeys(p.ref for turn in said for p in turn.parts if isinstance(p, Image))
         render = self.world.renderer.render
-        images = {ref: ImageData.from_array(render(scene)) for ref, scene in self.scenes.items()}
+        images = {ref: ImageData.from_array(render(self.scenes[ref])) for ref in shown}
         return Conversation(
             id=name,
-            turns=tuple(self.turns),
+            turns=said,
             images=images,
             source="world",
             license="CC0-1.0",
