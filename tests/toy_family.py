@@ -96,6 +96,14 @@ FAMILY = types.SimpleNamespace(
 )
 
 
+def quick_compiles():
+    """For tests (as a fixture): compile plainly. Programs this small take longer to optimise than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 class Loader:
     """Endless batches that depend on their number only; the state is the number of the next one."""
 

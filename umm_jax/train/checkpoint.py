@@ -54,9 +54,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
         )
         try:
+            if not read_only and jax.process_index() == 0:
+                # What a killed run left half-written; nobody else writes before this process is here too.
+                # Errors are left to the save that would meet them: lock files in there vanish by themselves.
+                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,

@@ -54,7 +54,8 @@ def train(
         on_eval: called as on_eval(step, params) every train.eval_every steps; what it returns goes into
             metrics.jsonl. It must not keep `params`: the next step gives them up.
         family: namespace with ``config.ModelConfig`` and ``model.build``; that of run.family unless given.
-        loader: iterator of numpy batches with get_state() and set_state(); the run's data unless given.
+        loader: iterator of numpy batches with get_state() and set_state(), the run's data unless given.
+            Where it has stats(), those are logged; where it has close(), it is closed.
 
     Returns:
         {"step", "seconds", "compile_seconds", "parameters"} of this call.
@@ -157,6 +158,8 @@ def train(
                     line |= clock.read(step - logged)
                     seconds = line["seconds_per_step"] * (step - logged)
                     line |= {f"{name}_per_second": line[name] / seconds for name in ("tokens", "images")}
+                    if hasattr(loader, "stats"):
+                        line |= {f"data/{name}": value for name, value in loader.stats().items()}
                     log.write(step, "train", line)
                     progress.log(step, line)
                     logged = step
@@ -191,6 +194,8 @@ def train(
     finally:
         progress.close()
         log.close()
+        if hasattr(loader, "close"):
+            loader.close()
     if stop and not last:
         raise Interrupted(f"stopped at step {step}, saved in {workdir}; run the same command again to go on")
     seconds = time.perf_counter() - started

@@ -4,7 +4,7 @@ metrics.jsonl has one JSON object a line, told apart by "kind":
     run     at each start: devices, parameters, bytes per device, seconds of compiling
     train   every train.log_every steps: loss, loss/PART, what the model adds, lr, grad_norm,
             seconds_per_step, input_wait (share of the time spent waiting for data), tokens_per_second,
-            images_per_second, tokens, images (real ones seen in these steps)
+            images_per_second, tokens, images (real ones seen in these steps), data/NAME from the loader
     eval    after each in-training evaluation: eval/NAME for what the callback returned, seconds
 Every line has "step", the number of finished steps.
 """

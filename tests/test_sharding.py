@@ -1,0 +1,166 @@
+"""Placements on 8 virtual devices. Each test that needs them runs its body in a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from umm_jax import sharding
+from umm_jax.config import MeshConfig
+from umm_jax.errors import DeviceError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_eight_devices(body: str, *arguments: str) -> str:
+    """Runs `body` where JAX sees 8 CPU devices; returns what it prints."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+class FakeMesh:
+    """All that :func:`sharding.spec` asks of a mesh, at sizes no laptop has."""
+
+    def __init__(self, data, fsdp, tensor):
+        self.shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+@pytest.mark.parametrize(
+    "axes, shape, wanted",
+    [
+        (("embed", "mlp"), (64, 128), P("fsdp", "tensor")),
+        (("layers", "embed", "heads"), (4, 64, 64), P(None, "fsdp", "tensor")),
+        (
+            ("batch", None, "embed"),
+            (16, 5, 64),
+            P(("data", "fsdp"), None, None),
+        ),  # fsdp is taken by the batch
+        (("batch", None), (2, 5), P("data", None)),  # 2 rows do not divide over 8: only over data
+        (("mlp", "heads"), (64, 64), P("tensor", None)),  # never the same mesh axis twice
+        (("vocab", "embed"), (33, 64), P(None, "fsdp")),  # 33 does not divide
+        ((None, None, "conv_in", "conv_out"), (3, 3, 64, 128), P(None, None, "fsdp", "tensor")),
+        ((), (), P()),
+    ],
+)
+def test_spec_gives_each_mesh_axis_once_and_only_where_it_divides(axes, shape, wanted):
+    assert sharding.spec(axes, shape, FakeMesh(2, 4, 2)) == wanted
+
+
+def test_spec_refuses_unknown_names_and_wrong_ranks():
+    with pytest.raises(ValueError, match="did you mean 'embed'"):
+        sharding.spec(("embd",), (8,), FakeMesh(1, 1, 1))
+    with pytest.raises(ValueError, match="2 axis names"):
+        sharding.spec(("embed", "mlp"), (8,), FakeMesh(1, 1, 1))
+
+
+def test_large_parameters_without_a_name_to_split_are_split_over_fsdp():
+    mesh = FakeMesh(1, 4, 2)
+    big = 1 << 20
+    assert sharding.param_spec((None, None), (6, big), 4, mesh) == P(None, "fsdp")
+    assert sharding.param_spec(("mlp", None), (8, big), 4, mesh) == P("tensor", "fsdp")
+    # Along layers a scan would gather the whole stack: then it stays, and the report says so.
+    assert sharding.param_spec(("layers", None), (8, big + 1), 4, mesh) == P(None, None)
+    # Small ones are cheaper whole.
+    assert sharding.param_spec((None, None), (6, 64), 4, mesh) == P(None, None)
+
+
+def test_a_mesh_larger_than_the_machine_says_what_would_work():
+    with pytest.raises(
+        DeviceError, match=r"asks for 64 devices \(fsdp 64 x tensor 1\).*mesh.data=-1 mesh.fsdp=1"
+    ):
+        sharding.make_mesh(MeshConfig(data=-1, fsdp=64), jax.devices()[:1])
+    assert sharding.make_mesh(MeshConfig()).shape["data"] == jax.device_count()
+
+
+def test_an_indivisible_number_of_devices_says_what_would_work():
+    out = on_eight_devices("""
+        from umm_jax import sharding
+        from umm_jax.config import MeshConfig
+        from umm_jax.errors import DeviceError
+        try:
+            sharding.make_mesh(MeshConfig(data=-1, fsdp=3))
+        except DeviceError as error:
+            print(error)
+        print(dict(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=-1)).shape))
+        print(sharding.make_mesh(MeshConfig(data=1, fsdp=3, tensor=1)).size)
+    """)
+    assert "8 devices do not divide into fsdp 3" in out and "mesh.data=2 to use 6" in out
+    assert "{'data': 2, 'fsdp': 2, 'tensor': 2}" in out
+    assert out.rstrip().endswith("3")
+
+
+def test_constrain_and_put_batch_place_arrays_inside_and_outside_jit():
+    out = on_eight_devices("""
+        import jax, jax.numpy as jnp, numpy as np
+        from umm_jax import sharding
+        from umm_jax.config import MeshConfig
+        mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+
+        def f(x, within):
+            if within:
+                with sharding.use(mesh):
+                    return sharding.constrain(x + 1, "batch", "mlp")
+            return sharding.constrain(x + 1, "batch", "mlp")
+
+        x = jnp.zeros((8, 6))
+        print("inside", jax.jit(f, static_argnums=1)(x, True).sharding.spec)
+        print("outside", len(jax.jit(f, static_argnums=1)(x, False).sharding.device_set))
+        # The constraint is in the program itself, not only on its result.
+        print("hlo", "sharding" in jax.jit(lambda x: f(x, True).sum()).lower(x).as_text())
+        print("bare", "sharding" in jax.jit(lambda x: f(x, False).sum()).lower(x).as_text())
+        batch = sharding.put_batch({"a": np.arange(8), "b": np.ones((8, 3))}, mesh)
+        print("batch", batch["a"].sharding.spec, batch["b"].addressable_shards[0].data.shape)
+        try:
+            sharding.put_batch({"a": np.arange(6)}, mesh)
+        except Exception as error:
+            print(type(error).__name__, error)
+    """)
+    assert "inside P(('data', 'fsdp'), 'tensor')" in out.replace("PartitionSpec", "P")
+    assert "outside 1" in out and "hlo True" in out and "bare False" in out
+    assert "(2, 3)" in out
+    assert "ConfigError a batch of 6 rows does not divide over data x fsdp = 4" in out
+
+
+def test_shardings_and_report_follow_the_axes_of_a_model():
+    import toy_family as toy
+
+    model = nnx.eval_shape(lambda: toy.build(toy.ModelConfig(), nnx.Rngs(0)))
+    abstract = nnx.split(model)[1]
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    placed = sharding.shardings(abstract, mesh)
+    report = sharding.report(nnx.to_pure_dict(abstract), placed, mesh)
+    sizes = {p.path: p.bytes for p in report.placements}
+    assert sizes["blocks/up/kernel"] == 2 * 16 * 32 * 4
+    assert report.bytes_per_device == sum(sizes.values())
+    assert not report.large_replicated and "blocks/up/kernel" in str(report)
+    assert sharding.logical_axes(abstract)["blocks/up/kernel"] == ("layers", "embed", "mlp")
+
+
+def test_a_parameter_without_axes_is_refused():
+    class Bare(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(np.zeros((2, 2)))
+
+    with pytest.raises(ValueError, match="w: no logical axes"):
+        sharding.logical_axes(nnx.split(Bare())[1])
