@@ -62,6 +62,11 @@ def _flatten(tree: dict, path: tuple = ()):
 # --- state dict to parameters -----------------------------------------------------------------------
 
 
+def stacked(trees: list[dict]) -> dict:
+    """Equal trees as one, with a leading axis of layers."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def linear(s: dict, prefix: str) -> dict:
     """torch Linear [out, in], or a 1x1 convolution [out, in, 1, 1] that we hold as a Linear."""
     kernel = s[f"{prefix}.weight"]
@@ -152,6 +157,87 @@ def qformer_params(s: dict, prefix: str, *, layers: int, cross_every: int, qk_no
     }
 
 
-def stacked(trees: list[dict]) -> dict:
-    """Equal trees as one, with a leading axis of layers."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+def _deformable_params(s: dict, prefix: str) -> dict:
+    return {
+        "offsets": linear(s, f"{prefix}.sampling_offsets"),
+        "weights": linear(s, f"{prefix}.attention_weights"),
+        "values": linear(s, f"{prefix}.value_proj"),
+        "out": linear(s, f"{prefix}.output_proj"),
+    }
+
+
+def _extractor_params(s: dict, prefix: str) -> dict:
+    return {
+        "query_norm": norm(s, f"{prefix}.query_norm"),
+        "source_norm": norm(s, f"{prefix}.feat_norm"),
+        "attention": _deformable_params(s, f"{prefix}.attn"),
+        "mlp_norm": norm(s, f"{prefix}.ffn_norm"),
+        "up": linear(s, f"{prefix}.ffn.fc1"),
+        "conv": conv(s, f"{prefix}.ffn.dwconv.dwconv"),
+        "down": linear(s, f"{prefix}.ffn.fc2"),
+    }
+
+
+def clip_params(s: dict, prefix: str, *, layers: int) -> dict:
+    """The transformer of a ``vision_model``."""
+
+    def layer(i: int) -> dict:
+        own = f"{prefix}.encoder.layers.{i}"
+        return {
+            "attention_norm": norm(s, f"{own}.layer_norm1"),
+            "query": linear(s, f"{own}.self_attn.q_proj"),
+            "key": linear(s, f"{own}.self_attn.k_proj"),
+            "value": linear(s, f"{own}.self_attn.v_proj"),
+            "out": linear(s, f"{own}.self_attn.out_proj"),
+            "mlp_norm": norm(s, f"{own}.layer_norm2"),
+            "up": linear(s, f"{own}.mlp.fc1"),
+            "down": linear(s, f"{own}.mlp.fc2"),
+        }
+
+    return {
+        "patch": conv(s, f"{prefix}.embeddings.patch_embedding"),
+        "class_token": s[f"{prefix}.embeddings.class_embedding"],
+        "position": s[f"{prefix}.embeddings.position_embedding.weight"],
+        "norm": norm(s, f"{prefix}.pre_layrnorm"),
+        "layers": stacked([layer(i) for i in range(layers)]),
+    }
+
+
+def clip_adapter_params(s: dict, prefix: str, *, layers: int, blocks: int, extra: int) -> dict:
+    """``visual_tokenizer`` up to its resampler."""
+    vision = f"{prefix}.encoder.vision_model"
+    spm = f"{vision}.adapter_spm"
+    own = f"{vision}.adapter_interactions"
+
+    def interaction(i: int) -> dict:
+        injector = f"{own}.{i}.injector"
+        return {
+            "injector": {
+                "query_norm": norm(s, f"{injector}.query_norm"),
+                "source_norm": norm(s, f"{injector}.feat_norm"),
+                "attention": _deformable_params(s, f"{injector}.attn"),
+                "gamma": s[f"{injector}.gamma"],
+            },
+            "extractor": _extractor_params(s, f"{own}.{i}.extractor"),
+        }
+
+    stem = [(f"{spm}.stem.{i}", f"{spm}.stem.{i + 1}") for i in (0, 3, 6)]
+    stem += [(f"{spm}.conv{i}.0", f"{spm}.conv{i}.1") for i in (2, 3, 4)]
+    up = s[f"{vision}.adapter_up.weight"]  # [in, out, 2, 2]
+    extractors = [_extractor_params(s, f"{own}.{blocks - 1}.extra_extractors.{i}") for i in range(extra)]
+    return {
+        "clip": clip_params(s, vision, layers=layers),
+        "stem": {
+            "convs": {str(i): conv(s, c) for i, (c, _) in enumerate(stem)},
+            "norms": {str(i): norm(s, n) for i, (_, n) in enumerate(stem)},
+            "to_maps": {str(i): linear(s, f"{spm}.fc{i + 1}") for i in range(4)},
+        },
+        "level": s[f"{vision}.adapter_level_embed"],
+        "interactions": stacked([interaction(i) for i in range(blocks)]),
+        "extra": {str(i): e for i, e in enumerate(extractors)},
+        "up": {"kernel": up.transpose(0, 2, 3, 1).reshape(up.shape[0], -1)},
+        "up_bias": s[f"{vision}.adapter_up.bias"],
+        "token_proj": linear(s, f"{prefix}.pos_proj"),
+        "token_norm": norm(s, f"{prefix}.pos_ln"),
+        "out_norm": norm(s, f"{prefix}.post_ln"),
+    }

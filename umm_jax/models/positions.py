@@ -49,6 +49,12 @@ def sincos_2d(
     )
 
 
+def pixel_centres(h: int, w: int) -> jax.Array:
+    """(x, y) in [0, 1] of every pixel of a map, row by row: [h * w, 2]."""
+    y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
+    return jnp.stack([x, y], axis=-1).reshape(-1, 2)
+
+
 class GridVectors(nnx.Module):
     """One learned vector per row and one per column, added: () -> [h, w, width]."""
 

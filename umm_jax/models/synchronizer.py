@@ -32,7 +32,7 @@ from umm_jax.errors import ConfigError
 from umm_jax.models import layers
 from umm_jax.models.deformable import sample
 from umm_jax.models.layers import LayerNorm, Linear, RMSNorm, param
-from umm_jax.models.positions import sincos_2d
+from umm_jax.models.positions import pixel_centres, sincos_2d
 
 glorot = jax.nn.initializers.glorot_uniform()
 
@@ -282,9 +282,3 @@ class DecoderSync(nnx.Module):
         if self.gate is not None:
             read = read * self.gate[...].astype(x.dtype)
         return x + read.reshape(x.shape)
-
-
-def pixel_centres(h: int, w: int) -> jax.Array:
-    """(x, y) in [0, 1] of every pixel of a map, row by row: [h * w, 2]."""
-    y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
-    return jnp.stack([x, y], axis=-1).reshape(-1, 2)

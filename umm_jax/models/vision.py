@@ -1,8 +1,20 @@
-"""What a vision tower gives, whichever it is."""
+"""The CLIP vision transformer, and what a vision tower gives, whichever it is.
 
+Source: CLIP (arXiv 2103.00020); the released variant is described in spec mm_interleaved 2.1: class token,
+learned positions, a norm before the layers and none after them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from umm_jax.errors import ConfigError
+from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, normal, param, scan, stack
 
 
 class VisionOutput(NamedTuple):
@@ -15,3 +27,94 @@ class VisionOutput(NamedTuple):
 
     tokens: jax.Array
     maps: tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the transformer; the defaults are ViT-L/14 at 224 px.
+
+    Attributes:
+        image_size, patch: sides in pixels; `patch` divides `image_size`.
+        width, layers, heads, mlp: as usual; `mlp` is the hidden width.
+        remat: what a layer keeps for its backward pass, see ``layers.scan``.
+    """
+
+    image_size: int = 224
+    patch: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    eps: float = 1e-5
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ConfigError(f"patch {self.patch} does not divide image_size {self.image_size}")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch
+
+
+class ClipLayer(nnx.Module):
+    """x += Attention(LN(x)); x += W quick_gelu(W LN(x))."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        c, self.heads = config, config.heads
+        into = {"axes": ("embed", "heads"), "rngs": rngs}
+        self.attention_norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
+        self.query = Linear(c.width, c.width, **into)
+        self.key = Linear(c.width, c.width, **into)
+        self.value = Linear(c.width, c.width, **into)
+        self.out = Linear(c.width, c.width, axes=("heads", "embed"), rngs=rngs)
+        self.mlp_norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
+        self.up = Linear(c.width, c.mlp, axes=("embed", "mlp"), rngs=rngs)
+        self.down = Linear(c.mlp, c.width, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.attention_norm(x)
+        q, k, v = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
+        x = x + self.out(merge_heads(attend(q, k, v)))
+        return x + self.down(activation("quick_gelu")(self.up(self.mlp_norm(x))))
+
+
+class Clip(nnx.Module):
+    """The transformer in two steps, so that others can speak between its layers.
+
+    ``layers`` is a stack; :func:`grouped` cuts it into equal runs.
+    """
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.patch = Conv(3, c.width, c.patch, stride=c.patch, padding=0, bias=False, rngs=rngs)
+        self.class_token = param(rngs, (c.width,), ("embed",), normal(c.width**-0.5))
+        self.position = param(rngs, (1 + c.grid**2, c.width), (None, "embed"), normal(0.02))
+        self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
+        self.layers = stack(lambda r: ClipLayer(c, rngs=r), c.layers, rngs)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, h, w, 3] -> [B, 1 + P, D], class token first."""
+        x = self.patch(pixels)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        return self.norm(jnp.concatenate([token, x], axis=1) + self.position[...].astype(x.dtype))
+
+    def run(self, layers: nnx.Module, x: jax.Array) -> jax.Array:
+        """[B, 1 + P, D] through a stack of layers."""
+        return scan(layers, lambda layer, x, _: (layer(x), None), x, remat=self.config.remat)[0]
+
+
+def grouped(stacked: nnx.Module, groups: int) -> tuple[Callable[[nnx.State], nnx.Module], nnx.State]:
+    """A stack of L layers as `groups` stacks of L / groups, for a scan over groups.
+
+    Returns:
+        a function from the state of one group to its stack, and the states of all groups with a leading
+        axis of groups.
+    """
+    graphdef, state = nnx.split(stacked)
+    state = jax.tree.map(lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:]), state)
+    return lambda one: nnx.merge(graphdef, one), state
