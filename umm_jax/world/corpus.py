@@ -12,7 +12,7 @@ CONTROL = ("<user>", "<bot>", "<eot>", "<soi>", "<image>", "<box>", "</box>")
 
 
 def control_pieces(config: WorldConfig) -> list[str]:
-    """Pieces that are never part of a text: markers, then `<loc0>` ... `<locN>` for pixel edges 0 to N = px."""
+    """Pieces that are never part of a text: markers, and `<loc0>` to `<locN>` for pixel edges 0 to px."""
     return [*CONTROL, *(f"<loc{edge}>" for edge in range(config.px + 1))]
 
 
@@ -31,14 +31,15 @@ def vocabulary_text(config: WorldConfig) -> Iterator[str]:
         yield grammar.question(Question("shape", cell))
         yield f"{grammar.question(Question('what', cell))} {place} nothing"
     attributes = ("size", "texture", "colour", "shape")
+    varying = [name for name in attributes if len(getattr(config, f"{name}s")) > 1]
     for thing in kinds:
-        about = tuple((name, getattr(thing, name)) for name in attributes if len(getattr(config, f"{name}s")) > 1)
+        about = tuple((name, getattr(thing, name)) for name in varying)
         yield f"add {grammar.phrase[thing]} and the {grammar.about(about)}"
     about = (("colour", config.colours[0]), ("shape", config.shapes[0]))
     for kind, weight in config.edits.items():
         if weight:
-            value = {"add": kinds[0], "move": 0, "background": config.backgrounds[0], "remove": None}
-            for value in [value[kind]] if kind in value else getattr(config, f"{CHANGES[kind]}s"):
+            one = {"add": kinds[0], "move": 0, "background": config.backgrounds[0], "remove": None}
+            for value in [one[kind]] if kind in one else getattr(config, f"{CHANGES[kind]}s"):
                 yield grammar.edit(Edit(kind, 0, value), about)
                 yield grammar.edit(Edit(kind, 0, value), None)
     yield "ok empty nothing"

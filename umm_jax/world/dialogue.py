@@ -1,140 +1,25 @@
-"""Sampling dialogues: which operation comes next, about what, until the budget of images or words is spent."""
+"""Sampling dialogues: what is said next, until the budget of images or words is spent."""
 
 import random
-from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from umm_jax.conversation import Conversation
+from umm_jax.world.choose import TRIES, Choice, Chooser, misplaced
 from umm_jax.world.grammar import SMALLTALK
-from umm_jax.world.scene import CHANGES, Object, Scene, WorldConfig
+from umm_jax.world.scene import Scene, WorldConfig
 from umm_jax.world.splits import DISTANCES, get_split
-from umm_jax.world.state import Edit, Question, answer, apply, kinds_absent, reference
-from umm_jax.world.talk import STORIES, Exchange, Talk, World, world, words
-
-TRIES = 4  # proposals per step of a training dialogue before something else is said
-PATIENT = 200  # proposals where a held-out scene must be hit
-
-__all__ = ["Sampler", "sample_dialogue", "sampler", "words"]
+from umm_jax.world.state import Edit, Question, kinds_absent, reference
+from umm_jax.world.talk import STORIES, Exchange, Talk
 
 
-class Choice:
-    """A weighted choice prepared once: names in order, drawn with one random number."""
-
-    def __init__(self, weights: Mapping[str, float]):
-        self.names = [name for name, weight in weights.items() if weight > 0]
-        self._sums: list[float] = []
-        for name in self.names:
-            self._sums.append((self._sums[-1] if self._sums else 0.0) + weights[name])
-
-    def __call__(self, rng: random.Random) -> str:
-        return self.names[bisect(self._sums, rng.random() * self._sums[-1], 0, len(self.names) - 1)]
-
-
-class Sampler:
-    """Samples scenes, edits, questions and whole dialogues of one world."""
+class Sampler(Chooser):
+    """Samples exchanges and whole dialogues of one world."""
 
     def __init__(self, config: WorldConfig):
-        self.config = config
-        self.world: World = world(config)
+        super().__init__(config)
         self._picture = Choice(config.picture_ops)
         self._talk = Choice(config.talk_ops)
-        self._question = Choice(config.questions)
-        self._edit = Choice(config.edits)
-
-    # --- what to do to a scene ---
-
-    def edit(
-        self,
-        rng: random.Random,
-        scene: Scene,
-        split: str,
-        salient: int | None = None,
-        accept: Callable[[Edit, Scene], bool] = lambda edit, after: True,
-    ) -> tuple[Edit, bool] | None:
-        """An edit that leads into the split, and whether it says "it"; None when none was hit upon.
-
-        `salient` is what "it" means, if anything.
-        """
-        reach = get_split(split).reach
-        holdout = self.world.holdout
-        for _ in range(TRIES if split == "train" else PATIENT):
-            it = salient is not None and rng.random() < self.config.it
-            edit = self._propose(rng, self._edit(rng), scene, split, salient if it else None)
-            if edit is None:
-                continue
-            after = apply(edit, scene)
-            if after != scene and holdout.scene_class(after) in reach and accept(edit, after):
-                return edit, it and edit.cell == salient and edit.kind not in ("add", "background")
-        return None
-
-    def _propose(self, rng, kind: str, scene: Scene, split: str, cell: int | None) -> Edit | None:
-        config = self.config
-        if kind == "background":
-            return Edit(kind, None, rng.choice(config.backgrounds))
-        occupied = scene.occupied
-        empty = [c for c, thing in enumerate(scene.cells) if not thing]
-        if kind == "add":
-            if len(occupied) >= config.max_objects:
-                return None
-            return Edit(kind, rng.choice(empty), rng.choice(self.world.holdout.kinds(split)))
-        if cell is None:
-            cell = rng.choice(occupied) if occupied else None
-            if cell is None or reference(scene, cell) is None:
-                return None
-        if kind == "remove":
-            return Edit(kind, cell) if len(occupied) > config.min_objects else None
-        if kind == "move":
-            return Edit(kind, cell, rng.choice(empty))
-        return Edit(kind, cell, rng.choice(getattr(config, CHANGES[kind] + "s")))
-
-    # --- what to ask about a scene ---
-
-    def question(
-        self, rng: random.Random, scene: Scene, split: str, kind: str = "", telling: bool = False
-    ) -> Question | None:
-        """A question with an answer, of a kind drawn by weight unless given; None when none was hit upon.
-
-        `telling` asks about what the split holds out.
-        """
-        config = self.config
-        cells = self.world.holdout.telling(split, scene) if telling else scene.occupied
-        if not cells:
-            return None
-        match kind or self._question(rng):
-            case "colour" | "shape" | "what" as kind:
-                empty = [c for c, thing in enumerate(scene.cells) if not thing]
-                return Question(kind, rng.choice(cells if telling or rng.random() < config.occupied else empty))
-            case "where" | "locate" | "segment" as kind:
-                about = reference(scene, rng.choice(cells))
-                return about and Question(kind, None, about)
-            case "count":
-                name = rng.choice(("shape", "colour") if telling else ("", "shape", "colour"))
-                if not name:
-                    return Question("count")
-                present = telling or rng.random() < config.present
-                values = [getattr(scene.cells[c], name) for c in cells] if present else getattr(config, f"{name}s")
-                return Question("count", None, ((name, rng.choice(values)),))
-            case "exists":
-                return self._exists(rng, scene, split, cells, telling)
-        return Question("describe")
-
-    def _exists(self, rng, scene: Scene, split: str, cells: list[int], telling: bool) -> Question | None:
-        if rng.random() < 0.5:
-            thing = scene.cells[rng.choice(cells)]
-            colour, shape = thing.colour, thing.shape
-        else:
-            things = [scene.cells[c] for c in scene.occupied]
-            absent = kinds_absent(scene, self.world.holdout.kinds(split))
-            if telling and split == "pair":
-                absent = [kind for kind in absent if kind in self.config.held_out_pairs]
-            colours, shapes = {o.colour for o in things}, {o.shape for o in things}
-            hard = [(c, s) for c, s in absent if c in colours and s in shapes]
-            pool = hard if hard and rng.random() < self.config.hard_negatives else absent
-            if not pool:
-                return None
-            colour, shape = rng.choice(pool)
-        return Question("exists", None, (("colour", colour), ("shape", shape)))
 
     # --- whole exchanges ---
 
@@ -230,34 +115,6 @@ class Sampler:
             requests += [grammar.question(Question(kind, None, about)) for kind in ("where", "locate")]
         return talk.impossible(rng.choice(requests), about)
 
-    def distractor(self, rng: random.Random, scene: Scene, split: str) -> Scene | None:
-        """A scene easily taken for `scene`: its objects, one exchanged, in other cells; None if none was found."""
-        reach, holdout = get_split(split).reach, self.world.holdout
-        things: list[Object | None] = list(scene.cells)
-        for _ in range(PATIENT):
-            other = things.copy()
-            cell = rng.choice(scene.occupied)
-            other[cell] = rng.choice(holdout.kinds(split))
-            rng.shuffle(other)
-            candidate = Scene(rng.choice(self.config.backgrounds), tuple(other))
-            # One object that moved, and one cell that holds another object: both can mislead.
-            moved = any(o and candidate.cells[c] != o and o in candidate.cells for c, o in enumerate(scene.cells))
-            crossed = any(a and b and a != b for a, b in zip(candidate.cells, scene.cells, strict=True))
-            if moved and crossed and holdout.scene_class(candidate) in reach:
-                return candidate
-        return None
-
-    def misleading(self, rng, scene: Scene, distractor: Scene, split: str, kind: str = "") -> Question | None:
-        """A question about `scene` that `distractor` would answer too, and otherwise."""
-        for _ in range(PATIENT):
-            question = self.question(rng, scene, split, kind)
-            if question is None:
-                continue
-            other = answer(question, distractor)
-            if other is not None and other != answer(question, scene):
-                return question
-        return None
-
     # --- whole dialogues ---
 
     def dialogue(self, seed: int, index: int, split: str = "train") -> Talk:
@@ -349,12 +206,6 @@ class Sampler:
         if found:
             talk.add(talk.edit(*found))
         return found is not None
-
-
-def misplaced(edit: Edit, scene: Scene, other: Scene) -> bool:
-    """Whether the edit changes an object of `scene` that `other` has too, but in another cell."""
-    thing = scene.cells[edit.cell] if edit.cell is not None else None
-    return thing is not None and thing in other.cells and other.cells[edit.cell] != thing
 
 
 sampler = lru_cache(maxsize=8)(Sampler)

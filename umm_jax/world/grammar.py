@@ -215,7 +215,8 @@ class Grammar:
         return f"in {name} {self.question(question)}"
 
     def more(self, about: About) -> str:
-        return f"which picture has more {self.question(Question('count', None, about)).removeprefix('how many ')}"
+        things = self.question(Question("count", None, about)).removeprefix("how many ")
+        return f"which picture has more {things}"
 
     def between(self, first: str, second: str) -> str:
         return f"what changed between {first} and {second}"

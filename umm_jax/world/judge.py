@@ -86,7 +86,8 @@ class Judge:
                 f"the judge reads uint8[n, {px}, {px}, 3], got {images.dtype}{list(images.shape)}; "
                 "use the world preset the pictures were made for"
             )
-        return [p for start in range(0, len(images), CHUNK) for p in self._parse(images[start : start + CHUNK])]
+        chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+        return [parsed for chunk in chunks for parsed in self._parse(chunk)]
 
     def _parse(self, images: np.ndarray) -> list[Parsed]:
         config, n = self.config, len(images)
@@ -162,7 +163,7 @@ def edit_scores(parsed: Parsed | None, before: Scene, target: Scene) -> dict[str
 
 
 def attributes_right(parsed: Parsed | None, target: Scene) -> dict[str, float]:
-    """Share of the target's objects whose cell holds something (presence) with the right colour, shape, ..."""
+    """Share of the target's objects whose cell holds something (presence), of the right colour, shape, ..."""
     names = ("colour", "shape", "size", "texture")
     cells: Sequence[int] = target.occupied
     if parsed is None or not parsed.valid or not cells:
@@ -170,6 +171,7 @@ def attributes_right(parsed: Parsed | None, target: Scene) -> dict[str, float]:
     found = [parsed.scene.cells[c] for c in cells]
     scores = {"presence": sum(o is not None for o in found) / len(cells)}
     for name in names:
-        hits = [o is not None and getattr(o, name) == getattr(target.cells[c], name) for o, c in zip(found, cells)]
+        wanted = [getattr(target.cells[c], name) for c in cells]
+        hits = [o is not None and getattr(o, name) == w for o, w in zip(found, wanted, strict=True)]
         scores[name] = sum(hits) / len(cells)
     return scores

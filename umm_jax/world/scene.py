@@ -122,7 +122,8 @@ class WorldConfig:
     first_upload: float = 0.4
     talk: tuple[int, int] = (0, 4)
     picture_ops: dict[str, float] = field(
-        default_factory=lambda: {"edit": 0.80, "draw": 0.12, "upload": 0.08, "undo": 0.0, "story": 0.0}, hash=False
+        default_factory=lambda: dict.fromkeys(PICTURE_OPS, 0.0) | {"edit": 0.8, "draw": 0.12, "upload": 0.08},
+        hash=False,
     )
     talk_ops: dict[str, float] = field(
         default_factory=lambda: {"ask": 1.0} | dict.fromkeys(TALK_OPS[1:], 0.0), hash=False
@@ -131,7 +132,9 @@ class WorldConfig:
         default_factory=lambda: dict.fromkeys(QUESTIONS, 1.0) | {"describe": 0.5}, hash=False
     )
     edits: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(EDITS, 1.0) | {"background": 0.5, "resize": 0.0, "retexture": 0.0},
+        default_factory=lambda: (
+            dict.fromkeys(EDITS, 1.0) | {"background": 0.5, "resize": 0.0, "retexture": 0.0}
+        ),
         hash=False,
     )
     it: float = 0.25
@@ -157,7 +160,10 @@ class WorldConfig:
             elif not values:
                 raise ConfigError(f"{name}: at least one is needed")
         if not 2 <= self.grid <= 4 or self.px % self.grid or self.cell_px < 8:
-            raise ConfigError(f"grid must be 2 to 4 and px a multiple of it with cells of 8 px or more, got {self.px}")
+            raise ConfigError(
+                f"grid must be 2 to 4, and px a multiple of it with cells of 8 px or more; "
+                f"got grid {self.grid}, px {self.px}"
+            )
         if not 1 <= self.min_objects <= self.max_objects < self.grid**2:
             raise ConfigError(f"need 1 <= min_objects <= max_objects < {self.grid**2}")
         if not 0 <= self.talk[0] <= self.talk[1]:

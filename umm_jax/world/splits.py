@@ -43,7 +43,7 @@ SPLITS = {
     "position": Split("position", ("position", "iid"), "a shape in cells where it was never seen"),
     "length": Split("iid", ("iid",), "more pictures than any training dialogue has"),
     "distance": Split("iid", ("iid",), "5 to 8 exchanges between a picture and the turn that needs it"),
-    "hard-distractor": Split("iid", ("iid",), "another picture or object would give another plausible answer"),
+    "hard-distractor": Split("iid", ("iid",), "another picture or object gives another plausible answer"),
 }
 SCENE_SPLITS = ("iid", "pair", "position")
 DISTANCES = (5, 8)

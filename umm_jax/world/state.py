@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from umm_jax.world.scene import CHANGES, Object, Scene
 
-About = tuple[tuple[str, str], ...]  # attributes that pick out objects: (("colour", "red"), ("shape", "ring"))
+# Attributes that pick out objects: (("colour", "red"), ("shape", "ring")).
+About = tuple[tuple[str, str], ...]
 
 
 class Picture(NamedTuple):

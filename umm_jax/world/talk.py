@@ -194,7 +194,7 @@ class Talk:
         return Exchange("edit", [asked], [said, None], edit.program(), tuple(needs), shows, salient)
 
     def undo(self, to: int | None = None, name: str | None = None) -> Exchange | None:
-        """Back to the picture before the last change, or to picture `to`, called `name`. None: nothing to undo."""
+        """Back to the picture before the last change, or to picture `to`, called `name`; None: no such."""
         state, grammar = self.state, self.world.grammar
         target = state.picture.parent if to is None else to
         if target is None:
@@ -232,7 +232,7 @@ class Talk:
         picture = state.picture if of is None else state.pictures[of]
         meaning = answer(question, picture.scene)
         if question.kind in ("locate", "segment"):
-            reply = [self._region(question.kind, picture, meaning)]
+            reply = [region(world, question.kind, picture.ref, picture.scene, meaning)]
         else:
             reply = [Text(world.grammar.answer(question, meaning))]
         text = world.grammar.question(question) if name is None else world.grammar.in_picture(name, question)
@@ -248,12 +248,6 @@ class Talk:
             salient=singled,
             singles_out=singled is not None,
         )
-
-    def _region(self, kind: str, picture: Picture, cell: int) -> Part:
-        renderer, px = self.world.renderer, self.world.config.px
-        if kind == "segment":
-            return Mask.from_array(picture.ref, renderer.mask(picture.scene, cell))
-        return Box(picture.ref, tuple(v / px for v in renderer.box(picture.scene, cell)))
 
     def compare_more(self, about: About) -> Exchange:
         """Which of the pictures shown so far has more of something."""
@@ -275,7 +269,7 @@ class Talk:
         return Exchange("compare", [Text(asked)], [Text(reply)], program, needs)
 
     def impossible(self, request: str, about: About | None) -> Exchange:
-        """A request that cannot be met: `about` fits no object or several; None is an "it" without meaning."""
+        """A request that cannot be met: `about` fits no object or several; None is an "it" without sense."""
         found = [] if about is None else self.state.scene.find(**dict(about))
         if len(found) == 1:
             raise ValueError(f"{about} fits exactly one object")
@@ -287,7 +281,7 @@ class Talk:
         return Exchange("smalltalk", [Text(said)], [Text(reply)], ["smalltalk"])
 
     def names(self, index: int) -> list[str]:
-        """Everything picture `index` may be called; the focus picture has no name of its own but its number."""
+        """Everything picture `index` may be called."""
         state, grammar = self.state, self.world.grammar
         last = len(state.pictures) - 1
         names = [grammar.ordinal(index)]
@@ -301,6 +295,13 @@ class Talk:
         return names
 
 
+def region(world: World, kind: str, ref: str, scene: Scene, cell: int) -> Box | Mask:
+    """Where the object in `cell` lies in picture `ref`: "locate" a box, "segment" a mask."""
+    if kind == "segment":
+        return Mask.from_array(ref, world.renderer.mask(scene, cell))
+    return Box(ref, tuple(edge / world.config.px for edge in world.renderer.box(scene, cell)))
+
+
 def _origin(show: tuple, op: str) -> tuple:
     ref, scene, parent = show
     return ref, scene, op, parent
@@ -310,7 +311,7 @@ STORIES = (*(f"moves {d}" for d in DIRECTIONS), *(f"grows {d}" for d in DIRECTIO
 
 
 def _story(config: WorldConfig, scene: Scene, cell: int, rule: str, steps: int) -> list[Scene] | None:
-    """The scenes of a story, one a step: an object marches, is copied along a line, or runs through colours."""
+    """The scenes of a story, one a step: an object marches, is copied in a line, or runs through colours."""
     verb, word = rule.split()
     scenes = []
     for _ in range(steps):
