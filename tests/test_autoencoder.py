@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_unet import load_released, needs_parity, nhwc, parity, random_weights, worst
+from parity import fixture
+from test_unet import load_released, nhwc, random_weights, worst
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.autoencoder import AutoencoderConfig, KLAutoencoder, Posterior, make_autoencoder
@@ -43,19 +44,25 @@ def source_name(path: str) -> str:
 
 def reference_autoencoder() -> KLAutoencoder:
     config = AutoencoderConfig(widths=(8, 16, 16, 16), norm_groups=4)
-    empty = nnx.eval_shape(lambda: KLAutoencoder(config, rngs=nnx.Rngs(0)))
-    return load_released(empty, parity("model"), "image_decoder.decoder.vae.", source_name)
+    prefix = "image_decoder.decoder.vae."
+    return load_released(
+        lambda: KLAutoencoder(config, rngs=nnx.Rngs(0)), fixture("model"), prefix, source_name
+    )
 
 
-@needs_parity
 def test_encoding_and_decoding_match_the_reference():
-    model, data = reference_autoencoder(), parity("f_unet_vae")
+    model, data = reference_autoencoder(), fixture("f_unet_vae")
     posterior = jax.jit(model.posterior)(nhwc(data["vae_input"]))
     mean, log_variance = np.split(nhwc(data["vae_moments"]), 2, axis=-1)
     assert worst(posterior.mean, mean) < 1e-5
     assert worst(posterior.log_variance, np.clip(log_variance, -30, 20)) < 1e-5
     pixels = jax.jit(model.decode)(nhwc(data["vae_latent"]) * 0.18215)
     assert worst(pixels, nhwc(data["vae_decoded"])) < 1e-5
+
+
+def test_release_size_is_that_of_stable_diffusion():
+    _, state = nnx.split(nnx.eval_shape(lambda: KLAutoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0))))
+    assert sum(v.size for v in jax.tree.leaves(state)) == 83_653_863
 
 
 def small() -> KLAutoencoder:

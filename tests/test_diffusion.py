@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import fixture
 from test_autoencoder import reference_autoencoder
-from test_unet import needs_parity, nhwc, parity, worst
+from test_unet import nhwc, worst
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.diffusion import Diffusion
@@ -16,9 +17,8 @@ from umm_jax.models.sampling import ScheduleConfig, guided, make_schedule
 # --- reference runs -----------------------------------------------------------------------------------
 
 
-@needs_parity
 def test_training_noise_and_loss_match_the_reference():
-    data, model = parity("g_train_forward"), reference_autoencoder()
+    data, model = fixture("g_train_forward"), reference_autoencoder()
     posterior = jax.jit(model.posterior)(nhwc(data["image_tensors_dec"]) * 2 - 1)
     moments = jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1)
     assert worst(moments, nhwc(data["vae_moments"])) < 1e-5
@@ -33,9 +33,8 @@ def test_training_noise_and_loss_match_the_reference():
     np.testing.assert_allclose(jnp.sum(total * kept) / jnp.sum(weight), data["loss_img"], rtol=1e-5)
 
 
-@needs_parity
 def test_recorded_sampling_run_gives_the_reference_image():
-    data, model = parity("j_sample_image"), reference_autoencoder()
+    data, model = fixture("j_sample_image"), reference_autoencoder()
     schedule = Diffusion()
     timesteps = schedule.timesteps(5)
     np.testing.assert_array_equal(timesteps, data["timesteps"])

@@ -1,25 +1,18 @@
 """The denoising UNet: shapes and hooks of every option, and parity with the reference noise prediction."""
 
-import json
-import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from parity import decoder_sync_params, fixture, load, make
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.unet import UNet, UNetConfig
 from umm_jax.models.unet_blocks import timestep_embedding
-
-PARITY = Path(os.environ.get("UMM_PARITY_DIR", Path(__file__).parents[1] / "../shared/parity"))
-PARITY = PARITY / "mm_interleaved"
-needs_parity = pytest.mark.skipif(
-    not PARITY.is_dir(), reason=f"no parity data at {PARITY}; set UMM_PARITY_DIR to the folder that holds it"
-)
+from umm_jax.models.unet_sync import UNetSync, UNetSyncConfig
 
 TINY = dict(
     side=8,
@@ -89,11 +82,9 @@ def random_weights(make) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.map(draw, state))
 
 
-def load_released(
-    module: nnx.Module, tensors: dict[str, np.ndarray], prefix: str, name=source_name
-) -> nnx.Module:
-    """`module` with its parameters from `tensors`; every tensor under `prefix` must be used exactly once."""
-    graphdef, state = nnx.split(module)
+def load_released(build, tensors: dict[str, np.ndarray], prefix: str, name=source_name) -> nnx.Module:
+    """What `build` makes, with its parameters from `tensors`: all those under `prefix`, each used once."""
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     flat, used = {}, set()
     for path, old in nnx.to_flat_state(state):
         key = prefix + name(".".join(path))
@@ -106,20 +97,6 @@ def load_released(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def parity(name: str) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file: header length, JSON header, raw little-endian data."""
-    raw = (PARITY / f"{name}.safetensors").read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    dtypes = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
-    tensors = {}
-    for key, entry in json.loads(raw[8:start]).items():
-        if key != "__metadata__":
-            a, b = entry["data_offsets"]
-            flat = np.frombuffer(raw[start + a : start + b], dtypes[entry["dtype"]])
-            tensors[key] = flat.reshape(entry["shape"])
-    return tensors
-
-
 def nhwc(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, -3, -1)
 
@@ -130,15 +107,43 @@ def worst(ours, reference) -> float:
     return float(np.max(np.abs(np.asarray(ours) - reference)) / np.max(np.abs(reference)))
 
 
-@needs_parity
-def test_noise_prediction_matches_the_reference():
+def test_noise_prediction_matches_the_reference_with_and_without_synchronizer():
+    data, state = fixture("f_unet_vae"), fixture("model")
     config = UNetConfig(side=16, widths=(16, 32, 32, 32), heads=(2, 4, 4, 4), context_width=48, norm_groups=8)
-    unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    unet = load_released(unet, parity("model"), "image_decoder.decoder.unet.")
-    data = parity("f_unet_vae")
+    unet = load_released(lambda: UNet(config, rngs=nnx.Rngs(0)), state, "image_decoder.decoder.unet.")
+
+    # The tiny reference keeps the level sides of the release in its offsets.
+    sync_config = UNetSyncConfig(
+        d_maps=32,
+        d_values=32,
+        heads=4,
+        points=4,
+        sides=(16, 8, 4, 2),
+        units=(64, 32, 16, 8),
+        position_grid=16,
+    )
+    prefix = "image_decoder.decoder.mmfs_module"
+    places = range(len(config.skip_shapes()))
+    synchronizer = load(
+        lambda: UNetSync(sync_config, config.skip_shapes(), config.mid_shape(), rngs=nnx.Rngs(0)),
+        {
+            "down": {str(i): decoder_sync_params(state, f"{prefix}.mmfs_down_blocks.{i}") for i in places},
+            "mid": decoder_sync_params(state, f"{prefix}.mmfs_mid_block"),
+        },
+    )
     x, t = nhwc(data["sample"]), data["timesteps"].astype(np.int32)
-    ours = jax.jit(lambda: unet(x, t, data["encoder_hidden_states"]))()
-    assert worst(ours, nhwc(data["noise_pred_no_mmfs"])) < 1e-5
+    context, visible = data["encoder_hidden_states"], data["mmfs_mask"].astype(bool)
+    maps = [nhwc(data[f"mmfs_feat_{i}"]) for i in range(4)]
+
+    @jax.jit
+    def both():
+        values = synchronizer.project(maps)
+        return unet(x, t, context), unet(x, t, context, sync=lambda s, m: synchronizer(s, m, values, visible))
+
+    plain, synced = both()
+    assert worst(plain, nhwc(data["noise_pred_no_mmfs"])) < 1e-5
+    assert worst(synced, nhwc(data["noise_pred"])) < 1e-5
+    assert worst(plain, nhwc(data["noise_pred"])) > 1e-2
 
 
 # --- shapes and hooks ---------------------------------------------------------------------------------
@@ -166,6 +171,11 @@ def test_release_skip_shapes_are_those_of_the_specification():
 
 def tiny_unet(**changes) -> UNet:
     return random_weights(lambda: UNet(UNetConfig(**TINY | changes), rngs=nnx.Rngs(0)))
+
+
+def test_release_size_is_that_of_stable_diffusion():
+    _, state = nnx.split(nnx.eval_shape(lambda: UNet(UNetConfig(), rngs=nnx.Rngs(0))))
+    assert sum(v.size for v in jax.tree.leaves(state)) == 865_910_724
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,7 @@ def test_compute_dtype_is_that_of_the_input():
 
 def test_fresh_weights_keep_the_prediction_at_unit_scale():
     config = UNetConfig(**TINY | dict(widths=(8,), heads=(2,), attention=(False,), mid_layers=0))
-    unet = UNet(config, rngs=nnx.Rngs(0))
+    unet = make(lambda: UNet(config, rngs=nnx.Rngs(0)))
     assert 0.2 < float(jnp.std(jax.jit(unet)(*inputs()))) < 5
 
 
