@@ -38,6 +38,10 @@ HEADLINE = {
     "dialogue_all_turns": "Whole dialogues, own pictures fed back",
 }
 
+# Oracles that see, draw and say everything rightly but lack one kind of memory. They tell how much of a figure
+# needs that memory, and may be near 1 where none is needed; every other oracle lacks the skill itself.
+IDEALS = ("recency", "no_history", "wrong_picture", "right_pictures_majority_answers")
+
 
 def write(run_dir: str | Path) -> dict[str, Path]:
     """Writes both reports; returns their paths by kind.
@@ -102,7 +106,8 @@ def _read_json(path: Path, missing: str) -> Any:
 def read_curves(path: Path) -> dict[str, list[list[float]]]:
     """{metric: [[step, value], ...]} of a metrics file; the torn last line of a killed run is left out.
 
-    Lines that describe the start of a run, and what an evaluation cost, are no curves. A step that was logged again after a resume counts once, as it was last.
+    Lines that describe the start of a run, and what an evaluation cost, are no curves. A step that was
+    logged again after a resume counts once, as it was last.
     """
     if not path.exists():
         return {}
@@ -116,12 +121,13 @@ def read_curves(path: Path) -> dict[str, list[list[float]]]:
                 break
             raise DataError(f"{path}, line {number + 1}: damaged ({error})") from None
         for name, value in row.items():
-            if row.get("kind") == "run" or (row.get("kind") == "eval" and not name.startswith("eval/")):
-                continue
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                if math.isfinite(value):
-                    curves.setdefault(name, {})[row["step"]] = value
+            if _is_curve(name, row) and isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, {})[row["step"]] = value
     return {name: _thin([[s, points[s]] for s in sorted(points)]) for name, points in curves.items()}
+
+
+def _is_curve(name: str, row: Mapping[str, Any]) -> bool:
+    return row["kind"] == "train" and name not in ("step", "kind") or name.startswith("eval/")
 
 
 def _thin(points: list[list[float]]) -> list[list[float]]:
@@ -179,7 +185,8 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
         + html.section(
             "What it learned",
             f"On {split} items it was not trained on. The thin bars are shortcuts, scored by the same judge "
-            "on the same items: a skill counts for what it has beyond them.",
+            "on the same items: a skill counts for what it has beyond them. Those called recency, no history "
+            "and wrong picture are perfect but for one kind of memory: what they miss needs it.",
             html.grid(_skill(t, report["skills"][k]) for k, t in HEADLINE.items() if k in report["skills"]),
         )
         + html.section("How it learned", "Over optimizer steps.", html.grid(_curves(report["curves"])))
@@ -230,7 +237,8 @@ def clock(seconds: float) -> str:
 
 
 def _skill(title: str, figure: Mapping[str, Any]) -> str:
-    return html.skill(title, figure["value"], figure["stderr"], figure["n"], figure["oracles"])
+    oracles = {name.replace("_", " "): value for name, value in figure["oracles"].items()}
+    return html.skill(title, figure["value"], figure["stderr"], figure["n"], oracles)
 
 
 def _curves(curves: Mapping[str, Any]) -> Iterable[str]:

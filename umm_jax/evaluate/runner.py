@@ -1,0 +1,325 @@
+"""Asks a model every item of every skill, has the replies judged, and keeps figures and samples.
+
+    eval/results.json      {"step", "weights", ..., "splits": {split: {figure: row}}}, where a row is
+                           {"value", "n", "stderr", "oracles": {oracle: value}}
+    eval/samples.msgpack   some items of each skill as they went, failures among them, for the report
+
+Both are rewritten after each skill, so an interrupted evaluation goes on where it was. A reply depends on
+its item, the seed and the weights alone: not on the order of items, the batch, or where a run was resumed.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from tqdm import tqdm
+
+from umm_jax import config as configs
+from umm_jax.config import ReplySettings, RunConfig
+from umm_jax.conversation import Conversation, ImageData, Turn
+from umm_jax.data.files import storage_errors, write_atomic
+from umm_jax.evaluate.report import HEADLINE, IDEALS, say
+from umm_jax.generate import load_run
+from umm_jax.world import oracles, skills
+from umm_jax.world.judge import Judge
+from umm_jax.world.scene import WorldConfig
+from umm_jax.world.skills import SKILLS, Item
+from umm_jax.world.splits import get_split
+from umm_jax.world.talk import world as world_parts
+
+# Samples kept of each skill and split: the first ones as they come, and further failures.
+KEEP, KEEP_FAILED = 12, 8
+Report = Mapping[str, tuple[float, int, float]]
+
+
+@dataclass
+class Outcome:
+    """What became of one item: the conversation as it was had, and of it the model's turns and pictures."""
+
+    item: Item
+    conversation: Conversation
+    replies: list[Turn] = field(default_factory=list)
+    images: dict[str, ImageData] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of it is right: what the first figure of its skill says, or that of all turns."""
+        return self.scores.get("dialogue_all_turns", next(iter(self.scores.values()))) == 1
+
+
+def world_of(run: RunConfig) -> WorldConfig:
+    """The world a run is judged in: ``eval.world``, with the overrides of its training data if they share it."""
+    same = run.world.get("preset") == run.eval.world
+    return WorldConfig.preset(run.eval.world, **(run.world.get("overrides", {}) if same else {}))
+
+
+# --- asking -------------------------------------------------------------------------------------------
+
+
+def seed_of(base: int, item: str, turn: int) -> int:
+    """The seed of one reply, in 32 bits, from nothing but what is asked."""
+    return zlib.crc32(f"{base}:{item}:{turn}".encode())
+
+
+def ask(
+    replier: Any,
+    items: Sequence[Item],
+    settings: ReplySettings,
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], Any] = lambda replies: None,
+) -> list[Outcome]:
+    """Has every item answered, dialogues turn by turn with the model's own pictures; in the order of `items`.
+
+    Items of like shape go together and every batch has `batch_size` rows, the last one filled up with
+    repetitions, so that few programs are compiled.
+    """
+
+    def shape(index: int) -> tuple:
+        c = items[index].conversation
+        return len(items[index].user_turns), len(c.images), sum(len(say(t)) for t in c.turns), index
+
+    order = sorted(range(len(items)), key=shape)
+    outcomes = [Outcome(item, item.conversation) for item in items]
+    for start in range(0, len(order), batch_size):
+        batch = [outcomes[i] for i in order[start : start + batch_size]]
+        for turn in range(1 + max(len(o.item.user_turns) for o in batch)):
+            asked = [o for o in batch if turn <= len(o.item.user_turns)]
+            rows = (asked + [asked[-1]] * batch_size)[:batch_size]
+            seeds = [seed_of(seed, o.item.id, turn) for o in rows]
+            replies = replier.reply([o.conversation for o in rows], settings, seeds)
+            for outcome, reply in zip(asked, replies):
+                outcome.replies.append(reply.turn)
+                outcome.images |= reply.images
+                outcome.conversation = outcome.conversation.with_turn(reply.turn, reply.images)
+                if turn < len(outcome.item.user_turns):
+                    outcome.conversation = outcome.conversation.with_turn(outcome.item.user_turns[turn])
+            progress(len(asked))
+    return outcomes
+
+
+def judge_all(judge: Judge, outcomes: Sequence[Outcome]) -> Report:
+    """Scores every outcome in place; the figures of the skill."""
+    for o in outcomes:
+        o.scores = skills.score(judge, o.item, o.replies, o.images)
+    return skills.report(outcomes[0].item.skill, [o.scores for o in outcomes])
+
+
+# --- the whole evaluation of a run --------------------------------------------------------------------
+
+
+def evaluate(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    splits: Sequence[str] | None = None,
+    items: int | None = None,
+    weights: str | None = None,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Judges a run on every skill and split, beside the oracles; goes on with an interrupted evaluation.
+
+    Args:
+        step: the newest checkpoint unless given.
+        splits, items, weights: instead of those of the run's config; `items` bounds dialogues too.
+        again: judge anew what was judged already.
+
+    Returns:
+        the content of eval/results.json.
+
+    Raises:
+        CheckpointError, ConfigError: no such run, checkpoint, weights or split.
+    """
+    import jax
+
+    loaded = load_run(run_dir, step, weights)
+    run, section = loaded.run, loaded.run.eval
+    world = world_of(run)
+    splits = section.splits if splits is None else splits
+    counts = {name: section.dialogues if name == "dialogue" else section.items for name in SKILLS}
+    if items is not None:
+        counts = {name: min(items, n) if name == "dialogue" else items for name, n in counts.items()}
+    plan = [(split, name) for split in splits for name in _skills_of(split)]
+    store = Store(
+        Path(run_dir) / "eval",
+        {
+            "step": loaded.step,
+            "weights": loaded.weights,
+            "parameters": loaded.parameters,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "settings": configs.to_dict(
+                {"world": world, "reply": run.reply, "seed": section.seed, "counts": counts}
+            ),
+        },
+        again,
+    )
+    judge = Judge(world)
+    for split, name in plan:
+        if store.has(split, name):
+            print(f"{split}/{name}: judged already")
+            continue
+        todo = skills.items(world, name, split, counts[name], section.seed)
+        replies = sum(1 + len(item.user_turns) for item in todo)
+        with tqdm(total=replies, desc=f"{split}/{name}", unit=" replies", disable=None) as bar:
+            outcomes = ask(
+                loaded.replier,
+                todo,
+                run.reply,
+                seed=section.seed,
+                batch_size=section.batch_size,
+                progress=bar.update,
+            )
+        figures = judge_all(judge, outcomes)
+        rows = _rows(figures, oracles.run(judge, name, todo, section.seed))
+        store.add(split, name, rows, _samples(judge, split, outcomes))
+    return store.results
+
+
+def _skills_of(split: str) -> list[str]:
+    """The skills a split says something about. Raises ConfigError when there is no such split."""
+    get_split(split)
+    return [name for name, skill in SKILLS.items() if split in skill.splits]
+
+
+def _rows(figures: Report, by_oracle: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
+    """Figures as they are written: {figure: {"value", "n", "stderr", "oracles": {oracle: value}}}."""
+    return {
+        name: {
+            "value": value,
+            "n": n,
+            "stderr": None if math.isnan(stderr) else stderr,
+            "oracles": {oracle: found[name][0] for oracle, found in by_oracle.items() if name in found},
+        }
+        for name, (value, n, stderr) in figures.items()
+    }
+
+
+class Store:
+    """The files of an evaluation; what was found of another step or with other settings is begun anew."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], again: bool):
+        self.folder = folder
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Through JSON, as what is compared with it went.
+        self.results = json.loads(json.dumps({**identity, "splits": {}, "done": []}))
+        self.samples: list[dict[str, Any]] = []
+        path = folder / "results.json"
+        if not again and path.exists():
+            try:
+                stored = json.loads(path.read_text())
+                samples = msgpack.unpackb((folder / "samples.msgpack").read_bytes())
+            except (OSError, ValueError):
+                return
+            known = ("step", "weights", "settings")
+            if all(stored.get(key) == self.results[key] for key in known):
+                self.results |= {"splits": stored["splits"], "done": stored["done"]}
+                self.samples = samples
+
+    def has(self, split: str, skill: str) -> bool:
+        return f"{split}/{skill}" in self.results["done"]
+
+    def add(self, split: str, skill: str, rows: Mapping[str, Any], samples: Iterable[dict]) -> None:
+        """Writes both files; the results last, since they say what is done."""
+        self.results["splits"].setdefault(split, {}).update(rows)
+        self.results["done"].append(f"{split}/{skill}")
+        self.samples += samples
+        write_atomic(self.folder / "samples.msgpack", msgpack.packb(self.samples))
+        write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+
+
+def _samples(judge: Judge, split: str, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """The first outcomes, and the first failures beyond them, as plain values."""
+    failed = [o for o in outcomes[KEEP:] if not o.ok][:KEEP_FAILED]
+    parts = world_parts(judge.config)
+
+    def shown(scene) -> bytes | None:
+        return scene and ImageData.from_array(parts.renderer.render(scene)).data
+
+    def expected(one: skills.Expected) -> str:
+        return say(one.answer) if one.target is None else parts.grammar.scene(one.target)
+
+    for o in (*outcomes[:KEEP], *failed):
+        item, first = o.item, len(o.item.conversation.turns)
+        verdicts = {}
+        if item.user_turns:
+            for i, (one, turn) in enumerate(zip(item.expected, o.replies)):
+                right = skills.turn_right(judge, one, turn, o.images)
+                verdicts[str(first + 2 * i)] = {"ok": right, "expected": expected(one)}
+        yield {
+            "split": split,
+            "skill": item.skill,
+            "kind": item.kind,
+            "id": item.id,
+            "ok": o.ok,
+            "scores": o.scores,
+            "conversation": o.conversation.to_msgpack(),
+            "verdicts": verdicts,
+            "expected": expected(item.expected[0]),
+            "target": None if item.user_turns else shown(item.target),
+            "before": shown(item.before) if item.skill == "edit" else None,
+        }
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The headline figures as lines for the terminal, each beside its strongest oracle."""
+    lines = []
+    for split, figures in results["splits"].items():
+        lines.append(f"{split}, step {results['step']}")
+        for name in (name for name in HEADLINE if name in figures):
+            row = figures[name]
+            shortcuts = {k: v for k, v in row["oracles"].items() if k not in IDEALS}
+            best = max(shortcuts.items(), key=lambda kv: kv[1], default=None)
+            beside = f"  strongest shortcut {best[1]:.3f} ({best[0]})" if best else ""
+            lines.append(f"  {name:24} {row['value']:.3f}  n={row['n']:<4}{beside}")
+    return "\n".join(lines)
+
+
+# --- during training ----------------------------------------------------------------------------------
+
+
+def quick(replier: Any, run: RunConfig, items: int) -> dict[str, float]:
+    """Headline figures on a few unseen items of every skill but whole dialogues, and the F1 of drawings."""
+    world = world_of(run)
+    judge, found = Judge(world), {}
+    for name in SKILLS:
+        if name == "dialogue":
+            continue
+        todo = skills.items(world, name, "iid", items, run.eval.seed)
+        batch_size = min(items, run.eval.batch_size)
+        outcomes = ask(replier, todo, run.reply, seed=run.eval.seed, batch_size=batch_size)
+        found |= {
+            k: v for k, (v, _, _) in judge_all(judge, outcomes).items() if k in (*HEADLINE, "draw_scene_f1")
+        }
+    return found
+
+
+def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dict[str, float]]:
+    """What train.loop calls as on_eval(step, params). The model is built, and compiled, once."""
+    replier = None
+
+    def on_eval(step: int, params: Any) -> dict[str, float]:
+        nonlocal replier
+        if replier is None:
+            from umm_jax import families
+            from umm_jax.data.tokenizer import Tokenizer
+
+            family = families.get(run.family)
+            model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
+            tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.model")
+            replier = family.generate.Replier(model_config, params, tokenizer)
+        replier.params = params
+        try:
+            return quick(replier, run, run.train.eval_items)
+        finally:
+            # The next step gives these arrays up; they must not be kept alive here.
+            replier.params = None
+
+    return on_eval
