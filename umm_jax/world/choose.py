@@ -88,6 +88,7 @@ class Chooser:
     ) -> Question | None:
         """A question with an answer, of a kind drawn by weight unless given; None when none was hit upon.
 
+        Kinds "yes", "no" and "hard" (no, but both attributes are present) are "exists" with that verdict.
         `telling` asks about what the split holds out.
         """
         config = self.config
@@ -111,12 +112,12 @@ class Chooser:
                 if present:
                     values = [getattr(scene.cells[c], name) for c in cells]
                 return Question("count", None, ((name, rng.choice(values)),))
-            case "exists":
-                return self._exists(rng, scene, split, cells, telling)
+            case "exists" | "yes" | "no" | "hard" as verdict:
+                return self._exists(rng, scene, split, cells, telling, verdict)
         return Question("describe")
 
-    def _exists(self, rng, scene: Scene, split: str, cells: list[int], telling: bool) -> Question | None:
-        if rng.random() < 0.5:
+    def _exists(self, rng, scene: Scene, split, cells, telling: bool, verdict: str) -> Question | None:
+        if verdict == "yes" or verdict == "exists" and rng.random() < 0.5:
             thing = scene.cells[rng.choice(cells)]
             colour, shape = thing.colour, thing.shape
         else:
@@ -126,7 +127,9 @@ class Chooser:
                 absent = [kind for kind in absent if kind in self.config.held_out_pairs]
             colours, shapes = {o.colour for o in things}, {o.shape for o in things}
             hard = [(c, s) for c, s in absent if c in colours and s in shapes]
-            pool = hard if hard and rng.random() < self.config.hard_negatives else absent
+            pool = absent
+            if verdict == "hard" or verdict == "exists" and hard and rng.random() < self.config.hard_negatives:
+                pool = hard
             if not pool:
                 return None
             colour, shape = rng.choice(pool)

@@ -85,7 +85,7 @@ SKILLS = {
     "draw_scene": Skill(("draw",), ("train", "iid", "pair", "position", "length")),
     "edit": Skill(("",), _EVERY),
     "vqa": Skill(("colour", "shape", "what", "where"), _EVERY),
-    "exists": Skill(("exists",), _EVERY),
+    "exists": Skill(("yes", "no"), _EVERY),
     "count": Skill(("count",), _EVERY),
     "describe": Skill(("describe",), _EVERY),
     "locate": Skill(("locate",), _EVERY),
@@ -121,6 +121,8 @@ class _Maker:
 
     def make(self, skill: str, kind: str, name: str) -> Item:
         rng = random.Random(name)
+        if kind == "no" and rng.random() < self.config.hard_negatives:
+            kind = "hard"  # decided once: what is easier to find must not become more frequent
         while True:
             talk = Talk(self.sampler.world)
             if skill == "dialogue":

@@ -19,6 +19,7 @@ A figure that does not stand clear of these is not evidence of the skill.
 Where a dialogue needs both pictures and answers, each of its oracles combines one of each kind.
 """
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +47,18 @@ class _Room:
         votes: dict = {}
         usual = skills.items(judge.config, skill, "train", VOTERS if skill in _ASKING else 0, VOTERS)
         for step in (step for item in usual for step in item.expected if step.question):
-            said = tuple(_plain(part) for part in step.answer.parts)
+            said = self._verdict(step)
             for key in (step.question.kind, (step.question.kind, step.question.about)):
                 votes.setdefault(key, Counter())[said] += 1
         self.majorities = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+
+    def _verdict(self, step: Expected) -> tuple[Part, ...]:
+        """The right answer without evidence, which would split the votes, and without a picture's name."""
+        meaning = answer(step.question, step.before)
+        if isinstance(meaning, Count | Exists):
+            return tuple(self.say(step.question, type(meaning)(meaning.value)))
+        parts = step.answer.parts
+        return tuple(p if isinstance(p, Text) else dataclasses.replace(p, of="") for p in parts)
 
     def say(self, question: Question, meaning) -> list[Part]:
         return [Text(self.world.grammar.answer(question, meaning))]
@@ -62,11 +71,6 @@ class _Room:
 
     def empty(self, background: str) -> Scene:
         return Scene(background, (None,) * self.config.cells)
-
-
-def _plain(part: Part) -> Part:
-    """The part without the name of its picture, so that equal boxes of different pictures count as equal."""
-    return part if isinstance(part, Text) else type(part)(**{**vars(part), "of": ""})
 
 
 # --- answers --------------------------------------------------------------------------------------
