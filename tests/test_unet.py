@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import decoder_sync_params, fixture, load, make
+from parity import decoder_sync_params, fixture, load
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.unet import UNet, UNetConfig
-from umm_jax.models.unet_blocks import timestep_embedding
+from umm_jax.models.unet_blocks import ResnetBlock, timestep_embedding
 from umm_jax.models.unet_sync import UNetSync, UNetSyncConfig
 
 TINY = dict(
@@ -276,10 +276,15 @@ def test_compute_dtype_is_that_of_the_input():
     assert jax.eval_shape(tiny_unet(), x.astype(jnp.bfloat16), t, context).dtype == jnp.bfloat16
 
 
-def test_fresh_weights_keep_the_prediction_at_unit_scale():
-    config = UNetConfig(**TINY | dict(widths=(8,), heads=(2,), attention=(False,), mid_layers=0))
-    unet = make(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    assert 0.2 < float(jnp.std(jax.jit(unet)(*inputs()))) < 5
+def test_fresh_residual_block_starts_at_unit_scale_and_unconditioned():
+    block = ResnetBlock(16, 16, d_time=8, conditioning="scale_shift", groups=4, rngs=nnx.Rngs(0))
+    x, time = (
+        jax.random.normal(jax.random.key(0), (2, 8, 8, 16)),
+        jax.random.normal(jax.random.key(1), (2, 8)),
+    )
+    y = jax.jit(block)(x, time)
+    assert 0.3 < float(jnp.std(y - x)) < 1.5
+    np.testing.assert_array_equal(y, jax.jit(block)(x, 5 * time))
 
 
 @pytest.mark.parametrize(
