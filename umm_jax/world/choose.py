@@ -127,8 +127,9 @@ class Chooser:
                 absent = [kind for kind in absent if kind in self.config.held_out_pairs]
             colours, shapes = {o.colour for o in things}, {o.shape for o in things}
             hard = [(c, s) for c, s in absent if c in colours and s in shapes]
+            share = self.config.hard_negatives
             pool = absent
-            if verdict == "hard" or verdict == "exists" and hard and rng.random() < self.config.hard_negatives:
+            if verdict == "hard" or verdict == "exists" and hard and rng.random() < share:
                 pool = hard
             if not pool:
                 return None
