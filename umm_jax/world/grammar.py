@@ -51,7 +51,7 @@ class Grammar:
     # --- scenes ---
 
     def scene(self, scene: Scene, order: Sequence[int] | None = None) -> str:
-        """"on white : red circle top left and ..."; `order` lists the occupied cells."""
+        """Such as "on white : red circle top left and ..."; `order` lists the occupied cells."""
         cells = scene.occupied if order is None else order
         things = [f"{self.phrase[scene.cells[cell]]} {self.place[cell]}" for cell in cells]
         return f"on {scene.background} : {' and '.join(things) or 'nothing'}"

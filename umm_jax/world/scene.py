@@ -54,12 +54,10 @@ class Scene(NamedTuple):
 
     def find(self, **attributes: str) -> list[int]:
         """Cells whose object has all these attributes, in reading order."""
-        wanted = attributes.items()
-        return [
-            cell
-            for cell, thing in enumerate(self.cells)
-            if thing and all(getattr(thing, name) == value for name, value in wanted)
-        ]
+        found = self.occupied
+        for name, value in attributes.items():
+            found = [cell for cell in found if getattr(self.cells[cell], name) == value]
+        return found
 
     def put(self, *changes: tuple[int, Object | None]) -> "Scene":
         """This scene with the given cells replaced."""

@@ -48,7 +48,7 @@ class Exchange:
         shows: (ref or None for a new one, scene, parent) of each picture in `bot`, in order; a picture is
             a None among the parts until it has its name.
         needs: earlier turns without which the reply cannot be known.
-        salient: what "it" means afterwards; KEEP leaves it.
+        salient: what "it" means afterwards, when the exchange shows a picture or `singles_out` an object.
     """
 
     op: str
@@ -61,6 +61,7 @@ class Exchange:
     singles_out: bool = False
 
     def words(self, config: WorldConfig) -> int:
+        """Length of both turns; see :func:`words`."""
         return words(self.user, config) + words(self.bot, config)
 
 
@@ -72,10 +73,10 @@ def words(parts: Sequence[Part | None], config: WorldConfig) -> int:
     """
     total = 2
     for part in parts:
-        if part is None or isinstance(part, Image):
-            total += 1 + config.cells
-        elif isinstance(part, Text):
+        if isinstance(part, Text):
             total += len(part.text.split())
+        elif part is None or isinstance(part, Image):
+            total += 1 + config.cells
         else:
             total += 6 if isinstance(part, Box) else 1 + len(part.rle)
     return total
@@ -140,12 +141,11 @@ class Talk:
             self._said.clear()
         else:
             self._said.add(exchange.user[0].text)
-        state = self.state._replace(log=(*self.state.log, exchange.op))
-        if exchange.shows:
-            state = state._replace(focus=len(state.pictures) - 1, salient=exchange.salient, salient_turn=turn)
-        elif exchange.singles_out:
-            state = state._replace(salient=exchange.salient, salient_turn=turn)
-        self.state = state
+        pictures, focus, salient, salient_turn, log = self.state
+        if exchange.shows or exchange.singles_out:
+            focus = len(pictures) - 1 if exchange.shows else focus
+            salient, salient_turn = exchange.salient, turn
+        self.state = State(pictures, focus, salient, salient_turn, (*log, exchange.op))
 
     def conversation(self, name: str, split: str = "train", turns: int | None = None, **meta) -> Conversation:
         """The record of the first `turns` turns (all of them), with their pictures drawn.
