@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import fixture, load, make, qformer_params
+from parity import filled, fixture, load, qformer_params
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.resampler import Bypass, QFormer, ResamplerConfig, build
@@ -23,7 +23,7 @@ def _tokens(b=2, t=5, d=6):
 
 
 def test_masked_tokens_do_not_matter():
-    resampler = make(lambda: build(TINY, rngs=nnx.Rngs(0)))
+    resampler = filled(lambda: build(TINY, rngs=nnx.Rngs(0)))
     tokens = _tokens()
     mask = jnp.arange(5) < jnp.array([[2], [5]])
     out, out_mask = _run(resampler, tokens, mask)
@@ -35,7 +35,7 @@ def test_masked_tokens_do_not_matter():
 
 
 def test_dropout_needs_a_key_and_follows_it():
-    resampler = make(lambda: build(TINY, rngs=nnx.Rngs(0)))
+    resampler = filled(lambda: build(TINY, rngs=nnx.Rngs(0)))
     draw = [_run(resampler, _tokens(), None, jax.random.key(k))[0] for k in (0, 0, 1)]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert np.abs(draw[0] - draw[2]).max() > 1e-2

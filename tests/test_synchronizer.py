@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import backbone_sync_params, decoder_sync_params, fixture, load, make, small
+from parity import backbone_sync_params, decoder_sync_params, filled, fixture, load, small
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.synchronizer import (
@@ -52,7 +52,7 @@ def test_softmax_plus_one_sums_to_one_and_survives_large_logits():
 
 
 def test_an_image_that_is_not_visible_cannot_matter():
-    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     query, maps = _query(), _maps(3)
     visible = jnp.array([[[1, 0, 1]] * 6, [[0, 1, 0]] * 6], bool)
     out = _run(sync, query, maps, visible)
@@ -70,7 +70,7 @@ def test_an_image_that_is_not_visible_cannot_matter():
 
 
 def test_row_visibility_is_broadcast_to_queries():
-    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     query, maps = _query(), _maps(3)
     visible = jnp.array([[1, 0, 1], [0, 1, 0]], bool)
     every = jnp.broadcast_to(visible[:, None], (2, 6, 3))
@@ -78,14 +78,15 @@ def test_row_visibility_is_broadcast_to_queries():
 
 
 def test_without_images_the_bias_path_remains():
-    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    sync.ignore[...] = jnp.zeros(8)
     sync.out.bias[...] = jnp.arange(12.0)
     out = _run(sync, _query(), _maps(1), jnp.zeros((2, 1), bool))
     np.testing.assert_allclose(out, np.broadcast_to(np.arange(12.0), (2, 6, 12)), atol=1e-6)
 
 
 def test_too_many_images_and_wrong_maps():
-    sync = make(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: Synchronizer(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ConfigError, match="max_images >= 6"):
         sync(_query(), sync.project(_maps(5)), jnp.ones((2, 5), bool))
     with pytest.raises(ValueError, match="do not have the sides"):
@@ -95,22 +96,25 @@ def test_too_many_images_and_wrong_maps():
 
 
 def test_the_release_starts_as_identity_and_a_small_model_alive():
-    query, visible = _query(), jnp.ones((2, 6, 3), bool)
-    closed = make(lambda: BackboneSync(TINY, rngs=nnx.Rngs(0)))
-    np.testing.assert_array_equal(_run(closed, query, _maps(3), visible), query)
-    opened = make(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
-    assert np.abs(_run(opened, query, _maps(3), visible) - query).max() > 1e-2
+    @jax.jit
+    def changes(x, maps, visible):
+        """How far each wrapper, fresh, moves its input."""
+        row, pixels = visible[:, 0], x[:, :4].reshape(2, 2, 2, 12)
+        out = []
+        for gate in (0.0, 0.3):
+            sync = BackboneSync(TINY, gate_init=gate, rngs=nnx.Rngs(0))
+            out.append(jnp.abs(sync(x, sync.project(maps), visible) - x).max())
+            sync = DecoderSync(TINY, out_init=gate, rngs=nnx.Rngs(0))
+            out.append(jnp.abs(sync(pixels, sync.project(maps), row) - pixels).max())
+        return out, sync.gate[...]
 
-    pixels = _query(q=9).reshape(2, 3, 3, 12)
-    closed = make(lambda: DecoderSync(TINY, rngs=nnx.Rngs(0)))
-    np.testing.assert_array_equal(_run(closed, pixels, _maps(1), jnp.ones((2, 1))), pixels)
-    opened = make(lambda: DecoderSync(TINY, out_init=0.3, rngs=nnx.Rngs(0)))
-    assert np.abs(_run(opened, pixels, _maps(1), jnp.ones((2, 1))) - pixels).max() > 1e-2
-    np.testing.assert_allclose(opened.gate[...], 0.3)
+    (*closed, backbone, decoder), gate = changes(_query(), _maps(3), jnp.ones((2, 6, 3), bool))
+    assert closed == [0, 0] and backbone > 1e-2 and decoder > 1e-2
+    np.testing.assert_allclose(gate, 0.3)
 
 
 def test_every_parameter_learns():
-    sync = make(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(sync)
 
     def loss(state):
