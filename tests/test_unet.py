@@ -136,11 +136,14 @@ def test_noise_prediction_matches_the_reference_with_and_without_synchronizer():
     maps = [nhwc(data[f"mmfs_feat_{i}"]) for i in range(4)]
 
     @jax.jit
-    def both():
-        values = synchronizer.project(maps)
-        return unet(x, t, context), unet(x, t, context, sync=lambda s, m: synchronizer(s, m, values, visible))
+    def predict(use_sync):
+        def sync(skips, mid):
+            synced = synchronizer(skips, mid, synchronizer.project(maps), visible)
+            return jax.tree.map(lambda new, old: jnp.where(use_sync, new, old), synced, (skips, mid))
 
-    plain, synced = both()
+        return unet(x, t, context, sync=sync)
+
+    plain, synced = predict(False), predict(True)
     assert worst(plain, nhwc(data["noise_pred_no_mmfs"])) < 1e-5
     assert worst(synced, nhwc(data["noise_pred"])) < 1e-5
     assert worst(plain, nhwc(data["noise_pred"])) > 1e-2
