@@ -91,16 +91,17 @@ def test_only_restricts_training_to_one_part():
 
 
 def test_muon_reads_matrices_as_said():
-    assert matrix_dims("a", ("embed", "mlp")) == ((0,), (1,))
-    assert matrix_dims("a", (None, None, "conv_in", "conv_out")) == ((0, 1, 2), (3,))
-    assert matrix_dims("a", ("layers", "embed", "mlp")) == ((1,), (2,))
-    assert matrix_dims("a", ("layers", None, None, "conv_in", "conv_out")) == ((1, 2, 3), (4,))
+    assert matrix_dims("kernel", ("embed", "mlp")) == ((0,), (1,))
+    assert matrix_dims("a/kernel", (None, None, "conv_in", "conv_out")) == ((0, 1, 2), (3,))
+    assert matrix_dims("a/kernel", ("layers", "embed", "mlp")) == ((1,), (2,))
+    assert matrix_dims("a/kernel", ("layers", None, None, "conv_in", "conv_out")) == ((1, 2, 3), (4,))
     for path, axes in [
-        ("a", ("embed",)),
-        ("a", ("layers", "embed")),
-        ("a", ("vocab", "embed")),
-        ("a/position", (None, "embed")),
-        ("a/grid", (None, "embed")),
+        ("a/bias", ("embed",)),
+        ("a/scale", ("layers", "embed")),
+        ("a/table", ("vocab", "embed")),
+        ("head/kernel", ("embed", "vocab")),
+        ("a/grid_rows", (None, "embed")),
+        ("a/queries", ("layers", None, "embed")),
     ]:
         assert matrix_dims(path, axes) is None, (path, axes)
 

@@ -1,9 +1,11 @@
 """The step and the loop: equal on any mesh and any cut of the batch; the same run however often it dies."""
 
+import functools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,8 +29,14 @@ quick_compiles = pytest.fixture(scope="module", autouse=True)(toy.quick_compiles
 QUIET = toy.ModelConfig(depth=1, noise=False)
 
 
+@functools.cache
+def baseline():
+    """Three steps of the plain configuration, which several tests compare with."""
+    return run_steps(toy.run_config(), 3)
+
+
 def run_steps(run, count, model=QUIET):
-    """Final state and the metrics of each step, on the first device(s) of this process."""
+    """Final state and the metrics of each step."""
     mesh = sharding.make_mesh(run.mesh)
     plan = state.plan(lambda rngs: toy.build(model, rngs), run, mesh)
     function, current, seen = step.make_step(plan, run), state.init(plan, run), []
@@ -44,7 +52,7 @@ def train(run, workdir, **arguments):
     return loop.train(run, workdir, **arguments)
 
 
-def final_params(workdir, step=None):
+def final_state(workdir, step=None):
     run = config.load(Path(workdir) / "config.json")
     plan = state.plan(
         lambda rngs: toy.build(toy.ModelConfig(**run.model), rngs), run, sharding.make_mesh(run.mesh)
@@ -114,7 +122,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 def test_bfloat16_computes_in_half_and_keeps_parameters_whole():
-    full, seen = run_steps(toy.run_config(), 3)
+    _, seen = baseline()
     half, seen_half = run_steps(toy.run_config(train={"dtype": "bfloat16"}), 3)
     assert all(leaf.dtype == jnp.float32 for leaf in flatten(half["params"]).values())
     losses = [[float(s["scalars"]["loss"]) for s in run] for run in (seen, seen_half)]
@@ -123,7 +131,8 @@ def test_bfloat16_computes_in_half_and_keeps_parameters_whole():
 
 
 def test_frozen_parameters_stay_and_averages_follow():
-    run = toy.run_config(optim=MUON, train={"ema": 0.75})
+    groups = [{"match": ["autoencoder"], "optimizer": "frozen"}, {"match": []}]
+    run = toy.run_config(optim={"groups": groups}, train={"ema": 0.75})
     mesh = sharding.make_mesh(run.mesh)
     start = state.init(state.plan(lambda rngs: toy.build(QUIET, rngs), run, mesh), run)
     first, _ = run_steps(run, 1)
@@ -197,28 +206,37 @@ KILL_RUN = toy.run_config(
 )
 
 
-def test_killed_three_times_a_run_ends_with_the_same_bits(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(KILL_RUN, folder)
+    return folder
+
+
+def test_killed_three_times_a_run_ends_with_the_same_bits(tmp_path, whole):
     kills = sorted(random.SystemRandom().sample(range(1, 12), 3))
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     for at in (*kills, -1):
         command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(at)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == (0 if at == -1 else -signal.SIGKILL), (kills, done.stderr[-2000:])
-    train(KILL_RUN, tmp_path / "whole")
-    assert_same_bits(final_params(tmp_path / "killed"), final_params(tmp_path / "whole"))
-    lines, wanted = (metrics.read_metrics(tmp_path / n / "metrics.jsonl") for n in ("killed", "whole"))
+    assert_same_bits(final_state(tmp_path / "killed"), final_state(whole))
+    lines, wanted = (metrics.read_metrics(p / "metrics.jsonl") for p in (tmp_path / "killed", whole))
     losses, wanted = (
         [(x["step"], x["loss"]) for x in log if x["kind"] == "train"] for log in (lines, wanted)
     )
     assert losses == wanted, kills
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, whole):
     class Terminated(toy.Loader):
         def __next__(self):
             if self.next == 2:
@@ -232,8 +250,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     latest = Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).latest()
     assert latest == 3  # the step that was running was finished
     train(KILL_RUN, tmp_path / "stopped")
-    train(KILL_RUN, tmp_path / "whole")
-    assert_same_bits(final_params(tmp_path / "stopped"), final_params(tmp_path / "whole"))
+    assert_same_bits(final_state(tmp_path / "stopped"), final_state(whole))
 
 
 def test_nan_stops_the_run_names_the_step_and_saves_nothing_after_it(tmp_path):
@@ -272,7 +289,7 @@ def test_the_autoencoder_is_trained_alone_and_then_taken_over(tmp_path):
     mesh = sharding.make_mesh(first.mesh)
     model = toy.ModelConfig(depth=1)
     start = state.init(state.plan(lambda rngs: toy.build(model, rngs), first, mesh), first)
-    trained, before = final_params(tmp_path / "autoencoder"), flatten(start["params"])
+    trained, before = final_state(tmp_path / "autoencoder"), flatten(start["params"])
     for path, value in before.items():
         assert np.array_equal(value, trained[f"params/{path}"]) != path.startswith("autoencoder"), path
     losses = [x["loss"] for x in metrics.read_metrics(tmp_path / "autoencoder" / "metrics.jsonl")[1:]]
@@ -283,7 +300,7 @@ def test_the_autoencoder_is_trained_alone_and_then_taken_over(tmp_path):
     second = toy.run_config(**base, optim={**groups, "lr": 0.0}, train=train_fields)
     train(second, tmp_path / "model")
     fresh = state.init(state.plan(lambda rngs: toy.build(model, rngs), second, mesh), second)
-    found = final_params(tmp_path / "model")
+    found = final_state(tmp_path / "model")
     for path, value in flatten(fresh["params"]).items():
         wanted = trained[f"params/{path}"] if path.startswith("autoencoder") else value
         assert np.array_equal(found[f"params/{path}"], wanted), path
@@ -319,3 +336,64 @@ def test_the_progress_line_is_live_on_a_terminal_only(capsys):
         assert ("\r" in stream.text and "5/10" in stream.text and "ETA" in stream.text) == live
         progress.log(5, {"loss": 1.5, "seconds_per_step": 0.1})
         assert ("step 5/10  loss 1.5000" in stream.text) != live
+
+
+TWO_PROCESSES = """
+import os, signal, sys, jax
+port, process, folder, stop = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "stop"
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+import toy_family as toy
+from test_train_loop import TWO_RUN, train
+from umm_jax.errors import Interrupted
+
+class Share(toy.Loader):
+    def __next__(self):
+        if stop and process == 1 and self.next == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return jax.tree.map(lambda rows: rows[4 * process : 4 * process + 4], super().__next__())
+
+try:
+    train(TWO_RUN, folder, loader=Share(8))
+    print("finished")
+except Interrupted:
+    print("interrupted")
+"""
+TWO_RUN = toy.run_config(
+    model={"noise": False},
+    mesh={"data": 2, "fsdp": 2, "tensor": 2},
+    train={"steps": 6, "save_every": 4, "log_every": 2, "accumulate": 2},
+)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_stop_together_go_on_and_equal_one_device(tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    for mode, word in (("stop", "interrupted"), ("go", "finished")):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
+        running = [
+            subprocess.Popen(
+                [*command, str(process), str(tmp_path), mode],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for process in (0, 1)
+        ]
+        ended = [process.communicate(timeout=200) for process in running]
+        assert all(word in out for out, _ in ended), [err[-2000:] for _, err in ended]
+    log = [x for x in metrics.read_metrics(tmp_path / "metrics.jsonl") if x["kind"] == "train"]
+    assert [x["step"] for x in log] == [2, 4, 6]
+    one = toy.run_config(train={"accumulate": 2})
+    _, seen = run_steps(one, 6, toy.ModelConfig(noise=False))
+    losses = np.reshape([float(s["scalars"]["loss"]) for s in seen], (3, 2)).mean(1)
+    np.testing.assert_allclose([x["loss"] for x in log], losses, atol=1e-4)

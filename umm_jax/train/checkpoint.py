@@ -121,7 +121,7 @@ class Checkpoints:
 
     def _check_room(self, state: TrainState) -> None:
         # A full disk is found before anything is written where the file system can be asked.
-        need = sum(a.nbytes for a in jax.tree.leaves(state))
+        need = int(1.05 * sum(a.nbytes for a in jax.tree.leaves(state))) + (1 << 20)
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else need
         if free < need:
             raise StorageError(

@@ -10,9 +10,10 @@ counter and one schedule:
 Muon (momentum, Nesterov look-ahead, Newton-Schulz orthogonalisation; K. Jordan 2024) sees every parameter
 as a matrix [in, out]: a convolution kernel [k, k, in, out] as (k*k*in) x out, a stacked parameter
 [layers, ...] as one matrix for each layer. Its direction is scaled by 0.2 sqrt(max(in, out)), which gives it
-the root mean square of an Adam step (Liu et al. 2025, arXiv 2502.16982). What is no matrix (vectors) or a
-table rather than a map (axes with ``vocab``; position tables, by name) takes Adam with the same learning
-rate, and no decay unless the group says ``decay_vectors``.
+the root mean square of an Adam step (Liu et al. 2025, arXiv 2502.16982). Its matrices are what a layer
+multiplies by: the parameters called ``kernel``. Vectors, tables of positions, queries and other learned
+inputs, and everything along ``vocab`` (embedding and output head) take Adam with the same learning rate, and
+no decay unless the group says ``decay_vectors``.
 """
 
 import math
@@ -29,8 +30,6 @@ from umm_jax.errors import ConfigError
 
 Tree = dict[str, Any]
 
-# Parts of a path that mark a table of positions: looked up or added, never multiplied.
-TABLES = ("grid", "position")
 MUON_RMS = 0.2
 
 
@@ -83,7 +82,7 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array
 def matrix_dims(path: str, axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Which dimensions Muon reads as [in, out], or None where the parameter is not Muon's."""
     first = 1 if axes and axes[0] == "layers" else 0
-    if len(axes) - first < 2 or "vocab" in axes or any(name in path for name in TABLES):
+    if path.split("/")[-1] != "kernel" or len(axes) - first < 2 or "vocab" in axes:
         return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, len(axes) - 1)), (len(axes) - 1,))
 
