@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -375,10 +376,21 @@ def _demo(args) -> None:
         _do(*synthesize, f"--seed={run.train.seed}", f"--out={data}", f"--workers={os.cpu_count() or 1}")
         if not tokenizer.exists():
             _do("data", "tokenizer", *world, f"--vocab={vocab}", f"--out={tokenizer}")
-    _do("train", f"--config={args.config}", f"--workdir={workdir}", *overrides)
+    train = ["train", f"--config={args.config}"]
+    if "autoencoder" in run.world:
+        first = workdir / "autoencoder"
+        changes = {"train.objective": "autoencoder", "train.init_from": "", **run.world["autoencoder"]}
+        changed = [f"--config.{k}={_json(v)}" for k, v in changes.items()]
+        with cost.stage(workdir, "autoencoder"):
+            _do(*train, f"--workdir={first}", *overrides, *changed)
+        overrides.append(f"--config.train.init_from={first}")
+    _do(*train, f"--workdir={workdir}", *overrides)
     _do("eval", f"--run={workdir}")
     _do("report", f"--run={workdir}")
-    print(f"\nLook at   {workdir / 'report.html'}\nTalk to   umm chat --run={shlex.quote(str(workdir))}")
+    program = "umm" if shutil.which("umm") else os.path.relpath(sys.argv[0])
+    print(
+        f"\nlook at   {workdir / 'report.html'}\ntalk to   {program} chat --run={shlex.quote(str(workdir))}"
+    )
 
 
 def _do(*argv: str) -> None:

@@ -38,6 +38,7 @@ code{font-size:.92em}pre{font-size:12.5px;line-height:1.45;overflow:auto;margin:
 font-weight:600}
 .grid{display:grid;gap:14px}.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
 .tiles{grid-template-columns:repeat(auto-fill,minmax(232px,1fr))}
+.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
 .skill header{display:flex;align-items:baseline;justify-content:space-between;gap:12px}
 .skill h3{margin:0}.skill b{font-size:24px;letter-spacing:-.01em}
 .bar{display:grid;grid-template-columns:minmax(92px,34%) 1fr 44px;gap:10px;align-items:center;
@@ -50,7 +51,7 @@ font-size:13px;margin-top:5px}
 .bar.model .track{height:12px;border-radius:6px}.bar.model .track i{background:var(--accent);opacity:1;
 border-radius:6px}
 .tile{display:flex;flex-direction:column;gap:10px}.tile .say{font-size:13.5px;line-height:1.4;flex:1}
-.pics{display:flex;gap:10px;align-items:flex-end}
+.pics{display:flex;gap:10px;align-items:flex-end}.pics figure{flex:0 1 92px}
 figure{margin:0}figcaption{font-size:12px;color:var(--soft);margin-top:3px}
 img.px{image-rendering:pixelated;display:block;border-radius:6px;border:1px solid var(--line);width:92px;
 height:auto}
@@ -121,11 +122,11 @@ def _bar(name: str, value: float, kind: str = "") -> str:
 
 def skill(title: str, value: float, stderr: float | None, n: int, oracles: Mapping[str, float]) -> str:
     """A card: the figure, its standard error, and thin bars of what shortcuts reach on the same items."""
-    error = "" if stderr is None else f" ± {number(stderr)}"
+    error = "" if stderr is None else f"± {number(stderr)} standard error, "
     return (
         f'<article class="card skill"><header><h3>{escape(title)}</h3>'
         f'<b class="num">{number(value)}</b></header>'
-        f'<div class="soft small num">n = {n}{error}</div>{_bar("this model", value, "model")}'
+        f'<div class="soft small">{error}{n} items</div>{_bar("this model", value, "model")}'
         + "".join(_bar(name, v) for name, v in sorted(oracles.items(), key=lambda kv: -kv[1]))
         + "</article>"
     )
@@ -161,11 +162,11 @@ def bubble(role: str, body: str, verdict: str = "", good: bool = True) -> str:
     return f'<div class="bubble {side}">{body}</div>{below}'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: int = 1) -> str:
-    """A table whose columns from `numeric_from` on are figures; cells are escaped."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """A table whose columns are figures but for those in `words`; cells are escaped."""
 
     def cells(tag_name: str, row: Sequence[str]) -> str:
-        kinds = ["num" if i >= numeric_from else "" for i in range(len(row))]
+        kinds = ["" if i in words else "num" for i in range(len(row))]
         return "".join(f'<{tag_name} class="{k}">{escape(c)}</{tag_name}>' for k, c in zip(kinds, row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -194,16 +195,27 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     return [i * unit for i in range(first, math.floor(high / unit + 1e-9) + 1)]
 
 
-def _smooth(points: Points, keep: float) -> list[tuple[float, float]]:
-    out, mean = [], points[0][1]
-    for x, y in points:
-        mean = keep * mean + (1 - keep) * y
-        out.append((x, mean))
+def _smooth(points: Points, log: bool) -> list[tuple[float, float]]:
+    """Each value replaced by the mean (geometric on a log axis) of those around it: no lag, unlike an average
+    of the past."""
+    values = [math.log(v) if log else v for _, v in points]
+    reach = max(1, len(points) // 25)
+    out = []
+    for i, (x, _) in enumerate(points):
+        # The window shrinks on both sides alike near the ends, or the curve would bend there.
+        r = min(reach, i, len(points) - 1 - i)
+        mean = sum(values[i - r : i + r + 1]) / (2 * r + 1)
+        out.append((x, math.exp(mean) if log else mean))
     return out
 
 
 def curves(
-    title: str, series: Mapping[str, Points], *, log: bool = False, y: tuple[float, float] | None = None
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    log: bool = False,
+    smooth: bool = True,
+    y: tuple[float, float] | None = None,
 ) -> str:
     """A card with lines over training steps, the last value of each in the legend.
 
@@ -212,7 +224,7 @@ def curves(
         log: logarithmic y axis.
         y: fixed range of the y axis; the range of the data otherwise.
 
-    A line of more than 60 points is drawn faint with its exponential average on top.
+    A line of more than 60 points is drawn faint, with a smoothed one on top if `smooth`.
     """
     kept = {
         name: [(x, v) for x, v in points if math.isfinite(v) and (v > 0 or not log)]
@@ -247,8 +259,8 @@ def curves(
     for i, (name, points) in enumerate(kept.items()):
         color = f"var(--c{i % 8})"
         lines = [(points, 1.8, 1.0)]
-        if len(points) > 60:
-            lines = [(points, 1.0, 0.28), (_smooth(points, 0.85), 1.8, 1.0)]
+        if smooth and len(points) > 60:
+            lines = [(points, 1.0, 0.28), (_smooth(points, log), 1.8, 1.0)]
         for line, stroke, opacity in lines:
             path = " ".join(f"{px(x):.1f},{py(v):.1f}" for x, v in line)
             parts.append(

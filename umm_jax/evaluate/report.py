@@ -38,7 +38,7 @@ HEADLINE = {
     "dialogue_all_turns": "Whole dialogues, own pictures fed back",
 }
 
-# Oracles that see, draw and say everything rightly but lack one kind of memory. They tell how much of a figure
+# Oracles that see, draw and say everything rightly but lack one kind of memory. They tell how much of a skill
 # needs that memory, and may be near 1 where none is needed; every other oracle lacks the skill itself.
 IDEALS = ("recency", "no_history", "wrong_picture", "right_pictures_majority_answers")
 
@@ -198,7 +198,7 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
         + html.section(
             "Edits",
             "The picture as it was given, as it should become, and what came.",
-            html.grid((_drawing(s) for s in _of(shown, "edit")[:9]), "tiles"),
+            html.grid((_drawing(s) for s in _of(shown, "edit")[:9]), "wide"),
         )
         + html.section(
             "Conversations",
@@ -246,8 +246,10 @@ def _curves(curves: Mapping[str, Any]) -> Iterable[str]:
     losses = {k: v for k, v in curves.items() if k == "loss" or k.startswith("loss/")}
     skills = {k.partition("/")[2]: v for k, v in curves.items() if k.startswith("eval/")}
     cards = [html.curves("Loss", losses, log=True), html.curves("Skills during training", skills, y=(0, 1))]
-    cards += [html.curves(title, {k: curves[k]}, log=k == "grad_norm") for k, title in (
-        ("lr", "Learning rate"), ("grad_norm", "Norm of the gradient")) if k in curves]  # fmt: skip
+    if "lr" in curves:
+        cards.append(html.curves("Learning rate", {"lr": curves["lr"]}, smooth=False))
+    if "grad_norm" in curves:
+        cards.append(html.curves("Norm of the gradient", {"grad_norm": curves["grad_norm"]}, log=True))
     return [card for card in cards if card]
 
 
@@ -312,7 +314,7 @@ def _failure(sample: Mapping[str, Any]) -> str:
     return html.tile(
         say(conversation.turns[-2]),
         [("", png) for png in seen[-1:]],
-        html.tag(False, sample["kind"]),
+        html.tag(False, " : ".join(dict.fromkeys((sample["skill"], sample["kind"])))),
         f"said: {answer}. Right: {sample['expected']}",
     )
 
@@ -340,7 +342,7 @@ def _all_skills(skills: Mapping[str, Any]) -> str:
         rows.append(
             [name, html.number(figure["value"]), html.number(figure["stderr"]), str(figure["n"]), oracles]
         )
-    return html.table(["skill", "value", "± 1 s.e.", "n", "oracles"], rows) if rows else ""
+    return html.table(["skill", "value", "± 1 s.e.", "n", "oracles"], rows, words=(0, 4)) if rows else ""
 
 
 def _splits(splits: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ class Outcome:
 
 
 def world_of(run: RunConfig) -> WorldConfig:
-    """The world a run is judged in: ``eval.world``, with the overrides of its training data if they share it."""
+    """The world a run is judged in: ``eval.world``, with the overrides of its data if they share it."""
     same = run.world.get("preset") == run.eval.world
     return WorldConfig.preset(run.eval.world, **(run.world.get("overrides", {}) if same else {}))
 
