@@ -9,7 +9,15 @@ import toy_family as toy
 
 from umm_jax.config import GroupConfig, OptimConfig
 from umm_jax.errors import ConfigError
-from umm_jax.train.optimizer import Optimizer, flatten, matrix_dims, schedule, unflatten
+from umm_jax.train.optimizer import (
+    Optimizer,
+    flatten,
+    is_matrix,
+    matrix_shape,
+    orthogonalize,
+    schedule,
+    unflatten,
+)
 
 quick_compiles = pytest.fixture(scope="module", autouse=True)(toy.quick_compiles)
 
@@ -90,11 +98,14 @@ def test_only_restricts_training_to_one_part():
     assert opt.frozen == set(AXES) - {"autoencoder/kernel"}
 
 
-def test_muon_reads_matrices_as_said():
-    assert matrix_dims("kernel", ("embed", "mlp")) == ((0,), (1,))
-    assert matrix_dims("a/kernel", (None, None, "conv_in", "conv_out")) == ((0, 1, 2), (3,))
-    assert matrix_dims("a/kernel", ("layers", "embed", "mlp")) == ((1,), (2,))
-    assert matrix_dims("a/kernel", ("layers", None, None, "conv_in", "conv_out")) == ((1, 2, 3), (4,))
+def test_muon_reads_kernels_as_matrices():
+    for shape, axes, wanted in [
+        ((8, 16), ("embed", "mlp"), (1, 8, 16)),
+        ((3, 3, 4, 6), (None, None, "conv_in", "conv_out"), (1, 36, 6)),
+        ((5, 8, 16), ("layers", "embed", "mlp"), (5, 8, 16)),
+        ((5, 3, 3, 4, 6), ("layers", None, None, "conv_in", "conv_out"), (5, 36, 6)),
+    ]:
+        assert is_matrix("a/kernel", axes) and matrix_shape(shape, axes) == wanted
     for path, axes in [
         ("a/bias", ("embed",)),
         ("a/scale", ("layers", "embed")),
@@ -103,7 +114,7 @@ def test_muon_reads_matrices_as_said():
         ("a/grid_rows", (None, "embed")),
         ("a/queries", ("layers", None, "embed")),
     ]:
-        assert matrix_dims(path, axes) is None, (path, axes)
+        assert not is_matrix(path, axes), (path, axes)
 
 
 def test_muon_moves_each_layer_by_an_orthogonal_matrix_of_adams_size():
@@ -120,6 +131,34 @@ def test_muon_moves_each_layer_by_an_orthogonal_matrix_of_adams_size():
         for matrix in np.asarray(update).reshape(-1, fan_in, fan_out):
             singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(fan_in, fan_out) ** 0.5)
             assert singular.min() > 0.4 and singular.max() < 1.4, (path, singular)
+
+
+def test_newton_schulz_equals_the_reference_iteration():
+    """optax's Muon with the same constants, which runs one matrix at a time."""
+    x = jax.random.normal(jax.random.key(0), (2, 12, 5))
+    for rounds in (1, 4):
+        dims = {"w": optax.contrib.MuonDimensionNumbers(0, 1)}
+        theirs = optax.contrib.scale_by_muon(
+            ns_steps=rounds, beta=0.0, nesterov=False, weight_dimension_numbers=dims
+        )
+        for mine, one in zip(orthogonalize(x, rounds), x):
+            reference, _ = theirs.update({"w": one}, theirs.init({"w": one}))
+            np.testing.assert_allclose(mine, reference["w"], atol=1e-5)
+
+
+def test_momentum_looks_ahead_as_nesterov_does():
+    opt = optimizer(GroupConfig((), "muon"), muon_momentum=0.9)
+    rule = next(r for r in opt.rules if r.name.endswith("muon"))
+    first, second = ({p: flatten(tree(seed))[p] for p in rule.paths} for seed in (1, 2))
+    state = rule.transform.init(unflatten(first))
+    _, state = rule.transform.update(unflatten(first), state)
+    updates, state = rule.transform.update(unflatten(second), state)
+    path = "unet/conv/kernel"
+    mean = 0.9 * 0.1 * first[path] + 0.1 * second[path]
+    np.testing.assert_allclose(flatten(state["momentum"])[path], mean, atol=1e-6)
+    ahead = (0.9 * mean + 0.1 * second[path]).reshape(1, 36, 6)
+    wanted = 0.2 * 36**0.5 * orthogonalize(ahead, opt.config.muon_ns_steps)
+    np.testing.assert_allclose(flatten(updates)[path].reshape(1, 36, 6), wanted, atol=1e-4)
 
 
 def test_muon_treats_stacked_layers_as_it_treats_single_ones():
@@ -153,7 +192,7 @@ def test_decay_in_a_muon_group_is_for_its_matrices_unless_vectors_are_asked_for(
         opt = optimizer(GroupConfig((), "muon", weight_decay=0.5, decay_vectors=vectors))
         new, _, _ = one_step(opt, tree(0), grads)
         for path, before in flatten(tree(0)).items():
-            decayed = vectors or matrix_dims(path, AXES[path]) is not None
+            decayed = vectors or is_matrix(path, AXES[path])
             factor = 1 - 0.1 * 0.5 if decayed else 1.0
             np.testing.assert_allclose(new[path], factor * before, rtol=1e-5, err_msg=path)
 
