@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     width, side = 128, 24
-    maps = dict(d_maps=64, d_values=64, sides=[12, 6, 3], heads=4, points=4)
+    maps = dict(d_maps=64, d_values=64)
     model = dict(
         layout=dict(
             image_size=side,
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             box_bins=24,
         ),
         backbone=dict(
-            vocab=512,
+            vocab=704,
             width=width,
             layers=4,
             heads=4,
@@ -28,10 +28,21 @@ def get_config() -> ConfigDict:
             qk_norm=True,
             attention_scale=1.5,
             gated_mlp=False,
-            activation="gelu",
+            activation="relu2",
             embed_std=1.0,
             sync_every=4,
-            synchronizer=dict(**maps, d_query=width, d_out=width, base=3.0, max_images=10, offset_init=1.5),
+            # As in the release, text does not read the finest level.
+            synchronizer=dict(
+                **maps,
+                sides=[6, 3],
+                heads=4,
+                points=4,
+                d_query=width,
+                d_out=width,
+                base=3.0,
+                max_images=10,
+                offset_init=1.5,
+            ),
         ),
         tower=dict(
             kind="pyramid",
@@ -61,7 +72,16 @@ def get_config() -> ConfigDict:
             input_gate=0.5,
             grid_vectors=True,
         ),
-        unet_sync=dict(**maps, max_images=4, offset_init=0.5, position_grid=12, out_init=0.3),
+        unet_sync=dict(
+            **maps,
+            sides=[12, 6, 3],
+            heads=2,
+            points=2,
+            max_images=4,
+            offset_init=0.5,
+            position_grid=12,
+            out_init=0.3,
+        ),
         autoencoder=dict(kind="identity", scale=1.0),
         schedule=dict(kind="flow", prediction="x0", shift=3.0, sample_steps=8),
         added_tokens=0,
@@ -73,7 +93,7 @@ def get_config() -> ConfigDict:
             family="mm_interleaved",
             model=model,
             world=dict(preset="tiny", count=25600, overrides={}),
-            data=dict(tokens=144, images=3, packing="none", batch_size=16),
+            data=dict(tokens=128, images=3, packing="none", batch_size=16),
             optim=dict(
                 lr=6e-3,
                 schedule="trapezoid",

@@ -1,5 +1,6 @@
 """Placements on 8 virtual devices. Each test that needs them runs its body in a process of its own."""
 
+import math
 import os
 import subprocess
 import sys
@@ -164,3 +165,22 @@ def test_a_parameter_without_axes_is_refused():
 
     with pytest.raises(ValueError, match="w: no logical axes"):
         sharding.logical_axes(nnx.split(Bare())[1])
+
+
+def test_no_large_parameter_of_the_release_is_left_whole():
+    """Abstract shapes only: 14.9 B parameters on fsdp 8 x tensor 2."""
+    from umm_jax import families
+
+    family = families.get("mm_interleaved")
+    model = nnx.eval_shape(lambda: family.model.build(family.config.ModelConfig(), nnx.Rngs(0)))
+    abstract = nnx.split(model)[1]
+    axes, mesh, total, share = sharding.logical_axes(abstract), FakeMesh(1, 8, 2), 0, 0.0
+    for path, leaf in nnx.to_flat_state(abstract):
+        name = "/".join(map(str, path))
+        found = sharding.param_spec(axes[name], leaf.shape, 4, mesh)
+        used = [a for entry in found if entry for a in ((entry,) if isinstance(entry, str) else entry)]
+        ways, size = math.prod(mesh.shape[a] for a in used), 4 * math.prod(leaf.shape)
+        assert ways > 1 or size <= sharding.LARGE, (name, leaf.shape, axes[name])
+        total, share = total + size, share + size / ways
+    assert total > 13e9 * 4
+    assert share < 1.05 * total / 16

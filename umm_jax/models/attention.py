@@ -31,19 +31,20 @@ def attend(
         [B, T, N, H] in the dtype of `q`.
     """
     b, t, n, h = q.shape
-    groups = n // k.shape[2]
+    kv = k.shape[2]
     scale = h**-0.5 if scale is None else scale
-    q = q.reshape(b, t, k.shape[2], groups, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    # Heads before tokens: both products are then plain batched matmuls on every backend.
+    q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         allowed = mask[:, None, None]
         scores = jnp.where(allowed, scores, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None:
         weights = jnp.where(jnp.any(allowed, axis=-1, keepdims=True), weights, 0.0)
-    else:
-        weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(b, t, n, h)
+    out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

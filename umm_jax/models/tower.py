@@ -6,6 +6,7 @@ from typing import Literal
 from flax import nnx
 
 from umm_jax.models.pyramid import Pyramid, PyramidConfig
+from umm_jax.models.vision_adapter import ClipAdapter, ClipAdapterConfig
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,18 @@ class TowerConfig:
             convolutional one.
     """
 
-    kind: Literal["clip_adapter", "pyramid"] = "pyramid"
+    kind: Literal["clip_adapter", "pyramid"] = "clip_adapter"
+    clip_adapter: ClipAdapterConfig = ClipAdapterConfig()
     pyramid: PyramidConfig = PyramidConfig()
 
     @property
     def image_size(self) -> int:
         """Side of the input in pixels."""
-        return self.pyramid.image_size
+        return (self.clip_adapter if self.kind == "clip_adapter" else self.pyramid).image_size
 
 
 def make_tower(config: TowerConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """The tower a config describes."""
+    if config.kind == "clip_adapter":
+        return ClipAdapter(config.clip_adapter, rngs=rngs)
     return Pyramid(config.pyramid, rngs=rngs)

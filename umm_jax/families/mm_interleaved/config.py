@@ -63,7 +63,9 @@ class ModelConfig:
     tower: TowerConfig = TowerConfig()
     visual_resampler: ResamplerConfig = ResamplerConfig()
     context: ContextConfig = ContextConfig()
-    context_resampler: ResamplerConfig = ResamplerConfig()
+    context_resampler: ResamplerConfig = ResamplerConfig(
+        d_in=5120, d_out=1024, queries=77, layers=1, heads=16, cross_every=1, qk_norm=False, dropout=0.0
+    )
     unet: UNetConfig = UNetConfig()
     unet_sync: UNetSyncConfig | None = UNetSyncConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()

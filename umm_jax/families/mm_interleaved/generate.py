@@ -209,7 +209,7 @@ class Replier:
             count=batch["count"],
             soi=batch["soi"],
             features=features,
-            values=model.backbone.project(features),
+            values=model.backbone.project(model.backbone_maps(features)),
         )
         return self._extend(model, memory, x, batch["length"])
 
@@ -287,7 +287,7 @@ class Replier:
         visual, features = model.look(pixels[:, None])
         rows = jnp.arange(pixels.shape[0])
         where = jnp.where(active, memory.count, memory.soi.shape[1])
-        values = model.backbone.project(features)
+        values = model.backbone.project(model.backbone_maps(features))
         if values is not None:
             values = memory.values.at[:, rows, where].set(values[:, :, 0], mode="drop")
         memory = memory._replace(

@@ -127,8 +127,13 @@ class MMInterleaved(nnx.Module):
         visible = same & (images["segment_ids"] > 0)[:, None] & (images["soi"][:, None] + 1 <= columns[:, None])
         x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
         x = constrain(x, "batch", None, None)
-        hidden, _ = self.backbone(x, tokens["positions"], mask, features=maps, visible=visible)
+        hidden, _ = self.backbone(x, tokens["positions"], mask, features=self.backbone_maps(maps), visible=visible)
         return hidden
+
+    def backbone_maps(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The levels the backbone's synchronizer reads (the release leaves out the finest)."""
+        sync = self.config.backbone.synchronizer
+        return () if sync is None else tuple(m for m in maps if m.shape[-3] in sync.sides)
 
     # --- drawing ----------------------------------------------------------------------------------
 

@@ -1,0 +1,254 @@
+"""The assembled family: packing changes nothing, conversations stay apart, decoding with memory equals reading at once."""
+
+import jax
+import jax.numpy as jnp
+import mm_interleaved_toy as toy
+import numpy as np
+import pytest
+from flax import nnx
+
+from umm_jax.config import ReplySettings
+from umm_jax.conversation import Box, Conversation, Image, ImageData, TaskCall, Text, Turn
+from umm_jax.data.packing import batch, pack_row
+from umm_jax.errors import ConfigError, DataError
+from umm_jax.families.mm_interleaved.generate import Replier
+from umm_jax.families.mm_interleaved.stream import fit
+from umm_jax.models.losses import cross_entropy
+
+
+@pytest.fixture(scope="module")
+def config():
+    return toy.model_config()
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return toy.model(config)
+
+
+@pytest.fixture(scope="module")
+def streams(config):
+    put = toy.serializer(config)
+    return [put(toy.conversation(0)), put(toy.conversation(1, upload=True)), put(toy.conversation(2, 1))]
+
+
+def rows(config, groups, tokens=96, images=6):
+    spec = toy.serializer(config).spec
+    return jax.tree.map(jnp.asarray, batch([pack_row(group, spec, tokens, images) for group in groups]))
+
+
+# --- the stream -------------------------------------------------------------------------------------
+
+
+def test_the_stream_is_laid_out_as_documented(config):
+    words, put = toy.Words(), toy.serializer(config)
+    stream = put(toy.conversation(0, 1))
+    tokens, images = stream["tokens"], stream["images"]
+    names = [words.pieces[i] for i in tokens["ids"]]
+    assert names == (
+        ["<s>", "<user>", *"draw a red circle".split(), "<eot>", "<bot>", *"ok a blue square".split(), "<soi>"]
+        + ["<image>"] * toy.SLOTS
+        + ["<eot>"]
+    )
+    assert tokens["weight"].tolist() == [0] * 8 + [1] * 5 + [0] * toy.SLOTS + [1]
+    assert tokens["image"].tolist() == [-1] * 13 + [0] * toy.SLOTS + [-1]
+    assert tokens["slot"][13 : 13 + toy.SLOTS].tolist() == list(range(toy.SLOTS))
+    assert images["soi"].tolist() == [12] and images["draw"].tolist() == [1.0]
+
+
+def test_a_users_image_is_neither_a_target_nor_drawn(config):
+    stream = toy.serializer(config)(toy.conversation(1, upload=True))
+    first = stream["images"]["soi"][0]
+    assert stream["tokens"]["weight"][first] == 0
+    assert stream["images"]["draw"].tolist() == [0.0, 1.0]
+
+
+def test_boxes_are_written_and_read_back(config):
+    put = toy.serializer(config)
+    box = Box("i0", (0.125, 0.25, 0.5, 1.0))
+    turns = (*toy.conversation(0, 1).turns, Turn("user", (Text("what"),)), Turn("assistant", (Text("it"), box)))
+    stream = put(Conversation("b", turns, toy.conversation(0, 1).images))
+    ids = stream["tokens"]["ids"][-8:-1]  # it <box> four bins </box>, before the end of the turn
+    assert put.parts(ids, "i0") == [Text("it"), box]
+    broken = [*ids[:3], ids[2], *ids[3:]]
+    assert not any(isinstance(p, Box) for p in put.parts(broken, "i0"))
+
+
+def test_what_the_family_cannot_say_is_refused_by_name(config):
+    turns = (Turn("user", (Text("draw"),)), Turn("assistant", (TaskCall("t2i", {}),), loss=True))
+    with pytest.raises(DataError, match="record x, turn 1.*task calls"):
+        toy.serializer(config)(Conversation("x", turns, {}))
+
+
+def test_a_tokenizer_with_another_soi_is_refused():
+    config = toy.model_config(layout=dict(toy.model_section()["layout"], soi_id=9))
+    with pytest.raises(ConfigError, match="soi_id.*set it to 7"):
+        toy.serializer(config)
+
+
+def test_images_of_other_sizes_are_fitted():
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 20:80] = 255  # the filter reads a little beyond the crop
+    out = fit(wide, 8)
+    assert out.shape == (8, 8, 3) and out.min() == 255
+
+
+# --- packing ----------------------------------------------------------------------------------------
+
+
+def text_loss(model, data):
+    visual, maps = model.look(data["images"]["pixels"])
+    hidden = model.hidden(data, visual, maps)
+    tokens = data["tokens"]
+    ids, weight = jnp.roll(tokens["ids"], -1, 1), jnp.roll(tokens["weight"], -1, 1)
+    return hidden, cross_entropy(hidden, model.head, ids, weight)[0]
+
+
+def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model, streams):
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+
+    def losses(params, data):
+        model = nnx.merge(graphdef, nnx.State(params))
+        weights = model.loss_weights(data)
+        _, text = text_loss(model, data)
+        visual, maps = model.look(data["images"]["pixels"])
+        hidden = model.hidden(data, visual, maps)
+        # The image part with the same time and noise for each image, wherever packing put it.
+        image = image_loss(model, data, hidden, maps)
+        return text / weights["text"] + image / weights["image"], weights
+
+    def image_loss(model, data, hidden, maps):
+        images = data["images"]
+        soi = images["soi"]
+        first = soi - jnp.take_along_axis(data["tokens"]["positions"], soi, axis=1)
+        condition, mask = model.condition(hidden, soi, first)
+        x0 = model.autoencoder.encode(model._targets(images))
+        noise = jnp.sin(1000 * x0)
+        noised = model.schedule.at(x0, noise, jnp.full(len(x0), 0.5))
+        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
+        values = model._sync_values(before)
+        out = model.predict(noised.x_t, noised.t, condition, mask, values, model._previous(images).reshape(-1, 1))
+        return jnp.sum(model._image_weights(data) * jnp.mean((out - noised.target) ** 2, -1, keepdims=True))
+
+    grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
+    (packed, weights), packed_grads = grad(params, rows(config, [streams]))
+    (apart, apart_weights), apart_grads = grad(params, rows(config, [[s] for s in streams], 40, 3))
+    np.testing.assert_allclose(weights["text"], apart_weights["text"])
+    np.testing.assert_allclose(weights["image"], apart_weights["image"], rtol=1e-6)
+    np.testing.assert_allclose(packed, apart, rtol=1e-5)
+    scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(apart_grads))
+    for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(apart_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+
+
+def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config, model, streams):
+    put = toy.serializer(config)
+    other = put(toy.conversation(7, upload=True))
+    assert len(other["tokens"]["ids"]) == len(streams[1]["tokens"]["ids"])
+
+    @jax.jit
+    def run(data):
+        hidden, _ = text_loss(model, data)
+        soi = data["images"]["soi"]
+        first = soi - jnp.take_along_axis(data["tokens"]["positions"], soi, axis=1)
+        condition, mask = model.condition(hidden, soi, first)
+        _, maps = model.look(data["images"]["pixels"])
+        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
+        x = jnp.ones((len(condition), toy.SIDE, toy.SIDE, 3))
+        values, visible = model._sync_values(before), model._previous(data["images"]).reshape(-1, 1)
+        return hidden, model.predict(x, jnp.full(len(x), 0.7), condition, mask, values, visible)
+
+    data = rows(config, [streams])
+    hidden, drawn = run(data)
+    changed, redrawn = run(rows(config, [[streams[0], other, streams[2]]]))
+    segments, of_images = data["tokens"]["segment_ids"][0], data["images"]["segment_ids"][0]
+    keep, keep_images = np.asarray((segments == 1) | (segments == 3)), np.asarray((of_images == 1) | (of_images == 3))
+    assert (np.asarray(hidden[0])[keep] == np.asarray(changed[0])[keep]).all()
+    assert (np.asarray(drawn)[keep_images] == np.asarray(redrawn)[keep_images]).all()
+    assert not np.array_equal(np.asarray(hidden[0])[segments == 2], np.asarray(changed[0])[segments == 2])
+
+
+def test_later_tokens_and_images_do_not_reach_earlier_ones(config, model, streams):
+    data = rows(config, [[streams[0]]])
+    last = int(data["images"]["soi"][0, 1])
+    before, _ = jax.jit(text_loss)(model, data)
+    pixels = data["images"]["pixels"].at[0, 1].set(255 - data["images"]["pixels"][0, 1])
+    data = {"tokens": data["tokens"], "images": {**data["images"], "pixels": pixels}}
+    after, _ = jax.jit(text_loss)(model, data)
+    assert (np.asarray(before)[0, : last + 1] == np.asarray(after)[0, : last + 1]).all()
+    assert not np.array_equal(np.asarray(before)[0, last + 1], np.asarray(after)[0, last + 1])
+
+
+# --- replies ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def replier(config, model):
+    return Replier(config, nnx.to_pure_dict(nnx.split(model)[1]), toy.Words(), round_tokens=16)
+
+
+def ask(seed, text="make it blue"):
+    return toy.conversation(seed).with_turn(Turn("user", (Text(text),)))
+
+
+def test_reading_in_pieces_equals_reading_at_once(config, model, replier):
+    """What the memory holds after a forced drawing is what one pass over the finished stream gives."""
+    conversation = ask(3)
+    settings = ReplySettings(mode="image", max_tokens=4, max_images=1, image_steps=2)
+    reply = replier.reply([conversation], settings, [5])[0]
+    assert isinstance(reply.turn.parts[0], Image)
+    streams = [replier.serializer.prompt(conversation)]
+    data = replier._collate(streams, settings)
+    memory, last = replier._read(replier.params, data, capacity=64)
+    soi = jnp.array([[replier.serializer.soi]])
+    memory, last = replier._extend(model, memory, model.embed_tokens(soi), jnp.array([1]))
+    picture = reply.images[reply.turn.parts[0].ref].array()
+    memory, last = replier._look(replier.params, memory, picture[None], np.array([True]), last)
+
+    finished = conversation.with_turn(Turn("assistant", reply.turn.parts[:1]), reply.images)
+    stream = replier.serializer(finished)
+    whole = rows(config, [[stream]])
+    visual, maps = model.look(whole["images"]["pixels"])
+    hidden = model.hidden(whole, visual, maps)[0]
+    n = int(memory.length[0])
+    assert n == len(stream["tokens"]["ids"]) - 1  # the end of the turn was not read
+    np.testing.assert_allclose(memory.hidden[0, :n], hidden[:n], atol=2e-5)
+    np.testing.assert_allclose(last[0], hidden[n - 1], atol=2e-5)
+
+
+def test_a_reply_does_not_depend_on_its_batch(replier):
+    settings = ReplySettings(max_tokens=6, max_images=1, image_steps=2, temperature=1.0)
+    asked = [ask(3), toy.conversation(4, 1).with_turn(Turn("user", (Text("what is it"),))), ask(5, "draw a circle")]
+    together = replier.reply(asked, settings, [11, 12, 13])
+    for conversation, seed, reply in zip(asked, [11, 12, 13], together, strict=True):
+        alone = replier.reply([conversation], settings, [seed])[0]
+        assert [type(p) for p in alone.turn.parts] == [type(p) for p in reply.turn.parts]
+        assert [p for p in alone.turn.parts if isinstance(p, Text)] == [p for p in reply.turn.parts if isinstance(p, Text)]
+        for ref, image in alone.images.items():
+            difference = image.array().astype(int) - reply.images[ref].array().astype(int)
+            assert np.abs(difference).max() <= 1
+
+
+def test_mode_decides_whether_an_image_may_be_drawn(replier):
+    for seed in range(3):
+        drawn = replier.reply([ask(seed)], ReplySettings(mode="image", max_tokens=3, image_steps=1), [seed])[0]
+        assert isinstance(drawn.turn.parts[0], Image) and len(drawn.images) == 1
+        text = replier.reply([ask(seed)], ReplySettings(mode="text", max_tokens=8, temperature=2.0), [seed])[0]
+        assert not text.images
+
+
+def test_a_reply_continues_a_conversation(replier):
+    conversation = ask(3)
+    reply = replier.reply([conversation], ReplySettings(mode="image", max_tokens=3, image_steps=1), [0])[0]
+    longer = conversation.with_turn(reply.turn, reply.images).with_turn(Turn("user", (Text("what is it"),)))
+    longer.validate()
+    assert isinstance(reply.images[reply.turn.parts[0].ref], ImageData)
+    assert replier.reply([longer], ReplySettings(mode="text", max_tokens=3), [0])[0].turn.role == "assistant"
+
+
+@pytest.mark.parametrize("turns", [(), toy.conversation(0, 1).turns])
+def test_nothing_to_answer_is_an_error(replier, turns):
+    images = toy.conversation(0, 1).images if turns else {}
+    with pytest.raises(DataError, match="ends with a user turn"):
+        replier.reply([Conversation("e", turns, images)])
