@@ -9,7 +9,16 @@ from umm_jax.config import from_dict
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
 
 SIDE, SLOTS = 8, 4
-CONTROL = ["<user>", "<bot>", "<eot>", "<soi>", "<image>", "<box>", "</box>", *(f"<loc{i}>" for i in range(9))]
+CONTROL = [
+    "<user>",
+    "<bot>",
+    "<eot>",
+    "<soi>",
+    "<image>",
+    "<box>",
+    "</box>",
+    *(f"<loc{i}>" for i in range(9)),
+]
 
 
 class Words:
@@ -50,7 +59,9 @@ def model_section(**changes) -> dict:
         ),
         tower=dict(
             kind="pyramid",
-            pyramid=dict(image_size=SIDE, patch=2, widths=[8, 8], residuals=[[], [1]], noise=0.1, map_width=8),
+            pyramid=dict(
+                image_size=SIDE, patch=2, widths=[8, 8], residuals=[[], [1]], noise=0.1, map_width=8
+            ),
         ),
         visual_resampler=dict(kind="none", d_in=8, d_out=8),
         visual_std=0.5,
@@ -80,7 +91,9 @@ def model_section(**changes) -> dict:
 
 
 def model_config(**changes):
-    return from_dict(families.get("mm_interleaved").config.ModelConfig, model_section(**changes), "config.model")
+    return from_dict(
+        families.get("mm_interleaved").config.ModelConfig, model_section(**changes), "config.model"
+    )
 
 
 def model(config, seed=0):

@@ -1,4 +1,4 @@
-"""The assembled family: packing changes nothing, conversations stay apart, decoding with memory equals reading at once."""
+"""The assembled family: packing changes nothing, conversations stay apart, memory equals reading at once."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,15 @@ def test_the_stream_is_laid_out_as_documented(config):
     tokens, images = stream["tokens"], stream["images"]
     names = [words.pieces[i] for i in tokens["ids"]]
     assert names == (
-        ["<s>", "<user>", *"draw a red circle".split(), "<eot>", "<bot>", *"ok a blue square".split(), "<soi>"]
+        [
+            "<s>",
+            "<user>",
+            *"draw a red circle".split(),
+            "<eot>",
+            "<bot>",
+            *"ok a blue square".split(),
+            "<soi>",
+        ]
         + ["<image>"] * toy.SLOTS
         + ["<eot>"]
     )
@@ -66,7 +74,11 @@ def test_a_users_image_is_neither_a_target_nor_drawn(config):
 def test_boxes_are_written_and_read_back(config):
     put = toy.serializer(config)
     box = Box("i0", (0.125, 0.25, 0.5, 1.0))
-    turns = (*toy.conversation(0, 1).turns, Turn("user", (Text("what"),)), Turn("assistant", (Text("it"), box)))
+    turns = (
+        *toy.conversation(0, 1).turns,
+        Turn("user", (Text("what"),)),
+        Turn("assistant", (Text("it"), box)),
+    )
     stream = put(Conversation("b", turns, toy.conversation(0, 1).images))
     ids = stream["tokens"]["ids"][-8:-1]  # it <box> four bins </box>, before the end of the turn
     assert put.parts(ids, "i0") == [Text("it"), box]
@@ -128,7 +140,9 @@ def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model,
         noised = model.schedule.at(x0, noise, jnp.full(len(x0), 0.5))
         before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
         values = model._sync_values(before)
-        out = model.predict(noised.x_t, noised.t, condition, mask, values, model._previous(images).reshape(-1, 1))
+        out = model.predict(
+            noised.x_t, noised.t, condition, mask, values, model._previous(images).reshape(-1, 1)
+        )
         return jnp.sum(model._image_weights(data) * jnp.mean((out - noised.target) ** 2, -1, keepdims=True))
 
     grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
@@ -163,7 +177,10 @@ def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config
     hidden, drawn = run(data)
     changed, redrawn = run(rows(config, [[streams[0], other, streams[2]]]))
     segments, of_images = data["tokens"]["segment_ids"][0], data["images"]["segment_ids"][0]
-    keep, keep_images = np.asarray((segments == 1) | (segments == 3)), np.asarray((of_images == 1) | (of_images == 3))
+    keep, keep_images = (
+        np.asarray((segments == 1) | (segments == 3)),
+        np.asarray((of_images == 1) | (of_images == 3)),
+    )
     assert (np.asarray(hidden[0])[keep] == np.asarray(changed[0])[keep]).all()
     assert (np.asarray(drawn)[keep_images] == np.asarray(redrawn)[keep_images]).all()
     assert not np.array_equal(np.asarray(hidden[0])[segments == 2], np.asarray(changed[0])[segments == 2])
@@ -219,12 +236,18 @@ def test_reading_in_pieces_equals_reading_at_once(config, model, replier):
 
 def test_a_reply_does_not_depend_on_its_batch(replier):
     settings = ReplySettings(max_tokens=6, max_images=1, image_steps=2, temperature=1.0)
-    asked = [ask(3), toy.conversation(4, 1).with_turn(Turn("user", (Text("what is it"),))), ask(5, "draw a circle")]
+    asked = [
+        ask(3),
+        toy.conversation(4, 1).with_turn(Turn("user", (Text("what is it"),))),
+        ask(5, "draw a circle"),
+    ]
     together = replier.reply(asked, settings, [11, 12, 13])
     for conversation, seed, reply in zip(asked, [11, 12, 13], together, strict=True):
         alone = replier.reply([conversation], settings, [seed])[0]
         assert [type(p) for p in alone.turn.parts] == [type(p) for p in reply.turn.parts]
-        assert [p for p in alone.turn.parts if isinstance(p, Text)] == [p for p in reply.turn.parts if isinstance(p, Text)]
+        assert [p for p in alone.turn.parts if isinstance(p, Text)] == [
+            p for p in reply.turn.parts if isinstance(p, Text)
+        ]
         for ref, image in alone.images.items():
             difference = image.array().astype(int) - reply.images[ref].array().astype(int)
             assert np.abs(difference).max() <= 1
@@ -232,9 +255,13 @@ def test_a_reply_does_not_depend_on_its_batch(replier):
 
 def test_mode_decides_whether_an_image_may_be_drawn(replier):
     for seed in range(3):
-        drawn = replier.reply([ask(seed)], ReplySettings(mode="image", max_tokens=3, image_steps=1), [seed])[0]
+        drawn = replier.reply([ask(seed)], ReplySettings(mode="image", max_tokens=3, image_steps=1), [seed])[
+            0
+        ]
         assert isinstance(drawn.turn.parts[0], Image) and len(drawn.images) == 1
-        text = replier.reply([ask(seed)], ReplySettings(mode="text", max_tokens=8, temperature=2.0), [seed])[0]
+        text = replier.reply([ask(seed)], ReplySettings(mode="text", max_tokens=8, temperature=2.0), [seed])[
+            0
+        ]
         assert not text.images
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from umm_jax.errors import ConfigError
 
-
 # --- from dictionaries to dataclasses ---------------------------------------------------------------
 
 

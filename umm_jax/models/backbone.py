@@ -258,7 +258,9 @@ class Head(nnx.Module):
         self.base = L.Linear(d, v, axes=("embed", "vocab"), init=weights, bias_init=biases, rngs=rngs)
         added = None
         if new:
-            added = L.Linear(d, new, axes=("embed", None), init=L.zeros, bias_init=L.constant(95.0), rngs=rngs)
+            added = L.Linear(
+                d, new, axes=("embed", None), init=L.zeros, bias_init=L.constant(95.0), rngs=rngs
+            )
         self.added, self.new = added, new
 
     def __call__(self, x: jax.Array) -> jax.Array:

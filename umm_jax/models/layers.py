@@ -209,10 +209,8 @@ class Modules(nnx.Module):
         return (getattr(self, str(i)) for i in range(self.length))
 
 
-
-
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` equal modules as one, each parameter with a leading ``layers`` axis. Run it with :func:`scan`."""
+    """`count` equal modules as one, parameters with a leading ``layers`` axis. Run it with :func:`scan`."""
 
     def init(key):
         return nnx.split(make(nnx.Rngs(params=key)))[1]

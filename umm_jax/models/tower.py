@@ -1,4 +1,4 @@
-"""Vision towers by name: one interface, ``tower(pixels [B, h, w, 3] in [0, 1], key=None) -> VisionOutput``."""
+"""Vision towers by name, behind ``tower(pixels [B, h, w, 3] in [0, 1], key=None) -> VisionOutput``."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The feature synchronizer of the image decoder: one :class:`DecoderSync` per skip of the UNet and one for its mid map.
+"""The feature synchronizer of the image decoder: one block per skip and one for the mid map.
 
 Between the mid block and the way up, every kept feature looks into the maps of the image before (or of all
 visible ones): ``x <- x + conv(MMFS(LN(x) + position, LN(maps)))``. Source: spec mm_interleaved section 3.2.
@@ -78,13 +78,13 @@ class UNetSync(nnx.Module):
         self.mid = make(*mid)
 
     def project(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
-        """Maps, one [B, N, h, w, C] per level, to what each place samples; the same at every sampling step."""
+        """Maps, [B, N, h, w, C] a level, to what each place samples; the same at every sampling step."""
         return [sync.project(maps) for sync in (*self.down, self.mid)]
 
     def __call__(
         self, skips: Sequence[jax.Array], mid: jax.Array, values: Sequence[jax.Array], visible: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:
-        """Skips [B, h, w, C], the mid map, values from :meth:`project`, visible bool [B, N] -> skips and mid."""
+        """Skips [B, h, w, C], mid map, values from :meth:`project`, visible bool [B, N] -> skips and mid."""
         *down, last = values
         synced = [sync(x, v, visible) for sync, x, v in zip(self.down, skips, down, strict=True)]
         return synced, self.mid(mid, last, visible)

@@ -1,4 +1,4 @@
-"""Every size and choice of an MM-Interleaved model. The defaults are the release; presets live in ``configs/``."""
+"""Every size and choice of the model. The defaults are the release; presets are in ``configs/``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +32,7 @@ class ContextConfig:
 
 @dataclass(frozen=True)
 class ImageLossConfig:
-    """Extra weight on blocks of `block` pixels that hold detail, and on those that changed since the image before."""
+    """Extra weight on blocks of `block` pixels with detail, and on those that changed since the image before."""
 
     block: int = 8
     detail: float = 4.0
@@ -80,14 +80,17 @@ class ModelConfig:
     def __post_init__(self):
         if self.unet.side != self.latent_side:
             raise ConfigError(
-                f"unet.side is {self.unet.side}, but images of {self.layout.target_size} px have latents of side "
-                f"{self.latent_side}"
+                f"unet.side is {self.unet.side}, but images of {self.layout.target_size} px have latents "
+                f"of side {self.latent_side}"
             )
         if self.unet.in_channels != self.latent_shape[2] or self.unet.out_channels != self.latent_shape[2]:
-            raise ConfigError(f"unet in_channels and out_channels must be {self.latent_shape[2]}, as the latents")
+            raise ConfigError(
+                f"unet in_channels and out_channels must be {self.latent_shape[2]}, as the latents"
+            )
         if self.tower.image_size != self.layout.image_size:
             raise ConfigError(
-                f"the tower reads images of {self.tower.image_size} px, layout.image_size is {self.layout.image_size}"
+                f"the tower reads images of {self.tower.image_size} px, "
+                f"layout.image_size is {self.layout.image_size}"
             )
         sync = self.backbone.synchronizer
         if sync is not None and sync.d_query != self.backbone.width:

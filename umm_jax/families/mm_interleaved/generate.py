@@ -1,4 +1,4 @@
-"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop that alternates them (spec section 9).
+"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (spec section 9).
 
 All rows of a batch move together through four compiled functions: read the prompt, write text until a
 stop, draw, read the drawn picture back. Nothing is recomputed: keys, values, hidden states and image
@@ -82,7 +82,7 @@ class Replier:
     def reply(
         self,
         conversations: Sequence[Conversation],
-        settings: ReplySettings = ReplySettings(),
+        settings: ReplySettings | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Reply]:
         """One reply for each conversation; a row's result does not depend on its neighbours.
@@ -97,6 +97,7 @@ class Replier:
         for c in conversations:
             if not c.turns or c.turns[-1].role == "assistant":
                 raise DataError(f"record {c.id}: a reply needs a conversation that ends with a user turn")
+        settings = settings or ReplySettings()
         seeds = list(range(len(conversations))) if seeds is None else list(seeds)
         if not conversations:
             return []
@@ -118,7 +119,16 @@ class Replier:
             forbid = (drawn >= settings.max_images) | (settings.mode == "text")
             force = (drawn == 0) & (settings.mode == "image")
             memory, last, ids, written, stop = self._write(
-                self.params, memory, last, keys, active, budget, forbid, force, sampling, limit=settings.max_tokens
+                self.params,
+                memory,
+                last,
+                keys,
+                active,
+                budget,
+                forbid,
+                force,
+                sampling,
+                limit=settings.max_tokens,
             )
             ids, written, stop = np.asarray(ids), np.asarray(written), np.asarray(stop)
             budget -= np.where(active, written, 0)
@@ -149,7 +159,8 @@ class Replier:
             finished = active & (budget <= 0)
             active &= ~finished
         return [
-            self._assemble(c, r, p, s) for c, r, p, s in zip(conversations, runs, pictures, stopped, strict=True)
+            self._assemble(c, r, p, s)
+            for c, r, p, s in zip(conversations, runs, pictures, stopped, strict=True)
         ]
 
     def _capacity(self, prompt: int, settings: ReplySettings) -> int:
@@ -170,7 +181,10 @@ class Replier:
                 row[: len(array)] = array
             return out
 
-        batch = {k: pad([s["tokens"][k] for s in streams], tokens, spec.tokens[k]) for k in ("ids", "image", "slot")}
+        batch = {
+            k: pad([s["tokens"][k] for s in streams], tokens, spec.tokens[k])
+            for k in ("ids", "image", "slot")
+        }
         batch["pixels"] = pad([s["images"]["pixels"] for s in streams], images, spec.images["pixels"])
         batch["soi"] = pad([s["images"]["soi"] for s in streams], images, Feature(pad=NOWHERE))
         batch["length"] = np.array([len(s["tokens"]["ids"]) for s in streams], np.int32)
@@ -214,7 +228,7 @@ class Replier:
         return self._extend(model, memory, x, batch["length"])
 
     def _extend(self, model: MMInterleaved, memory: Memory, x: jax.Array, new: jax.Array):
-        """Reads `new` [B] more tokens of the embeddings x [B, T, D]; returns the memory and the last hidden state."""
+        """Reads `new` [B] more tokens of the embeddings x [B, T, D]; gives the memory and the last hidden state."""
         steps = jnp.arange(x.shape[1])
         columns = memory.length[:, None] + steps
         capacity = memory.hidden.shape[1]

@@ -1,4 +1,4 @@
-"""MM-Interleaved: a causal language model that reads images and conditions an image decoder (spec sections 0 to 6).
+"""MM-Interleaved: a language model that reads images and conditions an image decoder (spec sections 0 to 6).
 
     pixels --tower--> maps, tokens --visual resampler--> visual tokens in the stream's image slots
     stream --backbone (with synchronizer into the maps)--> hidden states --head--> next token
@@ -92,7 +92,7 @@ class MMInterleaved(nnx.Module):
     # --- reading ----------------------------------------------------------------------------------
 
     def look(self, pixels: jax.Array, key: jax.Array | None = None):
-        """Images [B, I, h, w, 3] uint8 -> visual tokens [B, I, n, D] and maps, [B, I, h_l, w_l, C_l] a level."""
+        """Images [B, I, h, w, 3] uint8 -> visual tokens [B, I, n, D] and maps [B, I, h_l, w_l, C] a level."""
         b, i = pixels.shape[:2]
         x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
         seen = self.tower(x.astype(self.dtype) / 255, key=key)
@@ -102,7 +102,7 @@ class MMInterleaved(nnx.Module):
         return unfold(tokens), tuple(unfold(m) for m in seen.maps)
 
     def embed_tokens(self, ids, image=None, slot=None, visual=None) -> jax.Array:
-        """Ids [B, T] -> [B, T, D]; where `image` is not negative, slot `slot` of that image's visual tokens."""
+        """Ids [B, T] -> [B, T, D]; where `image` is not negative, that image's visual token number `slot`."""
         x = self.embed(ids, self.dtype)
         x = x + jnp.where((ids == self.config.soi_id)[..., None], self.soi_token[...], 0).astype(x.dtype)
         if visual is None:
@@ -119,15 +119,19 @@ class MMInterleaved(nnx.Module):
         return self.embed.table[...].dtype
 
     def hidden(self, batch: Batch, visual: jax.Array, maps: tuple[jax.Array, ...]) -> jax.Array:
-        """Final hidden states [B, T, D] of packed rows: conversations neither attend to nor look into each other."""
+        """Final hidden states [B, T, D] of packed rows: conversations do not see each other."""
         tokens, images = batch["tokens"], batch["images"]
         segments, columns = tokens["segment_ids"], jnp.arange(tokens["ids"].shape[1])
         mask = (segments[:, :, None] == segments[:, None]) & (columns[None] <= columns[:, None])
         same = segments[:, :, None] == images["segment_ids"][:, None]
-        visible = same & (images["segment_ids"] > 0)[:, None] & (images["soi"][:, None] + 1 <= columns[:, None])
+        visible = (
+            same & (images["segment_ids"] > 0)[:, None] & (images["soi"][:, None] + 1 <= columns[:, None])
+        )
         x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
         x = constrain(x, "batch", None, None)
-        hidden, _ = self.backbone(x, tokens["positions"], mask, features=self.backbone_maps(maps), visible=visible)
+        hidden, _ = self.backbone(
+            x, tokens["positions"], mask, features=self.backbone_maps(maps), visible=visible
+        )
         return hidden
 
     def backbone_maps(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -149,11 +153,11 @@ class MMInterleaved(nnx.Module):
         return self.unet(x, t, condition, mask, sync)
 
     def _sync_values(self, maps) -> list[jax.Array] | None:
-        """What the decoder's synchronizer samples of the maps [b, N, h, w, C] of the images it may look into."""
+        """What the decoder's synchronizer samples of the maps [b, N, h, w, C] of the images it may see."""
         return None if self.unet_sync is None else self.unet_sync.project(maps)
 
     def sample(self, condition, mask, maps, visible, keys, guidance, *, steps: int) -> jax.Array:
-        """Draws one image per condition: uint8 [b, side, side, 3]. `guidance` None skips the unconditional branch."""
+        """Draws an image per condition: uint8 [b, side, side, 3]. Without `guidance` there is one branch."""
         shape = (condition.shape[0], *self.config.latent_shape)
         values = self._sync_values(maps)
         if guidance is not None:
@@ -188,7 +192,10 @@ class MMInterleaved(nnx.Module):
         nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
         image = self._image_loss(batch, hidden, maps, image_key, drop_key)
         drawn = jnp.sum(batch["images"]["draw"])
-        metrics = {"text_accuracy": (hits, jnp.sum(weight)), "images_per_row": (drawn, jnp.float32(len(weight)))}
+        metrics = {
+            "text_accuracy": (hits, jnp.sum(weight)),
+            "images_per_row": (drawn, jnp.float32(len(weight))),
+        }
         return {"text": nll, "image": image}, metrics
 
     def autoencoder_loss(self, batch: Batch, key: jax.Array):
@@ -238,7 +245,9 @@ class MMInterleaved(nnx.Module):
             null = self.null_condition[...].astype(condition.dtype)
             condition = jnp.where(drop[:, None, None], null, condition)
             mask = mask | drop[:, None]
-        latents = jax.lax.stop_gradient(self.autoencoder.encode(self._targets(images).astype(self.dtype), encode_key))
+        latents = jax.lax.stop_gradient(
+            self.autoencoder.encode(self._targets(images).astype(self.dtype), encode_key)
+        )
         noised = self.schedule.noised(latents.astype(jnp.float32), noise_key)
         before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
         visible = self._previous(images).reshape(-1, 1)

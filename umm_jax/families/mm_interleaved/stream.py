@@ -3,8 +3,8 @@
 Each conversation is a causal sequence; every image, whoever shows it, takes one start-of-image token
 (soi) and `image_tokens` slots::
 
-    <bos> <user> draw a red circle <eot> <bot> ok <soi> [slot x n] <eot> <user> what colour ... <eot> <bot> red <eot>
-    loss                                       1    1   0            1                                  1    1
+    <bos> <user> draw a red circle <eot> <bot> ok <soi> [slot x n] <eot> <user> what ... <eot> <bot> red <eot>
+    loss                                       1    1   0            1                              1    1
 
 The soi of an image the assistant draws is a text target (the model decides to draw by predicting it), slots
 never are. A slot holds the visual token of its image, so everything after an image can read it; the
