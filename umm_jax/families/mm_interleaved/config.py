@@ -32,7 +32,7 @@ class ContextConfig:
 
 @dataclass(frozen=True)
 class ImageLossConfig:
-    """Extra weight on blocks of `block` pixels with detail, and on those that changed since the image before."""
+    """Extra weight on blocks of `block` pixels with detail, and on those changed since the image before."""
 
     block: int = 8
     detail: float = 4.0

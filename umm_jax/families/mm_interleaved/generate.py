@@ -228,7 +228,7 @@ class Replier:
         return self._extend(model, memory, x, batch["length"])
 
     def _extend(self, model: MMInterleaved, memory: Memory, x: jax.Array, new: jax.Array):
-        """Reads `new` [B] more tokens of the embeddings x [B, T, D]; gives the memory and the last hidden state."""
+        """Reads `new` [B] more of the tokens embedded in x [B, T, D]; memory and last hidden state."""
         steps = jnp.arange(x.shape[1])
         columns = memory.length[:, None] + steps
         capacity = memory.hidden.shape[1]
