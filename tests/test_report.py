@@ -201,7 +201,7 @@ def test_numbers_as_people_read_them(value, text):
 
 @pytest.mark.parametrize("seconds, text", [(42.4, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
 def test_clock(seconds, text):
-    assert report.clock(seconds) == text
+    assert pieces.clock(seconds) == text
 
 
 def test_time_of_resumed_stages_adds_up(tmp_path):

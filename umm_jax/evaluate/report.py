@@ -174,7 +174,7 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
             ("family", report["family"]),
             ("parameters", f"{report['parameters'] / 1e6:.2f} M"),
             ("steps", f"{report['step']:,}"),
-            ("wall time", clock(seconds["total"])),
+            ("wall time", html.clock(seconds["total"])),
             ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"),
             ("device", report["device"]),
         ]
@@ -224,16 +224,6 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
             + html.details("Versions", json.dumps(report["versions"], indent=1)),
         ),
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _skill(title: str, figure: Mapping[str, Any]) -> str:
@@ -354,4 +344,4 @@ def _splits(splits: Mapping[str, Any]) -> str:
 
 
 def _cost(seconds: Mapping[str, float]) -> str:
-    return html.table(["stage", "wall time"], [[k, clock(v)] for k, v in seconds.items()])
+    return html.table(["stage", "wall time"], [[k, html.clock(v)] for k, v in seconds.items()])
