@@ -1,8 +1,8 @@
 """The ``umm`` command: parse, load the config, call one function.
 
 Nothing heavy is imported until a command runs. What the user can mend is one line on stderr and an exit
-status of its own (see :mod:`umm_jax.errors`); anything else is a bug and keeps its traceback. All commands are
-in this one file: together they are the grammar of the command line.
+status of its own (see :mod:`umm_jax.errors`); anything else is a bug and keeps its traceback. All commands
+are in this one file: together they are the grammar of the command line.
 """
 
 import argparse
