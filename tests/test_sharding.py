@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from umm_jax import sharding
+from umm_jax import families, sharding
 from umm_jax.config import MeshConfig
 from umm_jax.errors import DeviceError
+from umm_jax.train.state import Keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,10 +170,8 @@ def test_a_parameter_without_axes_is_refused():
 
 def test_no_large_parameter_of_the_release_is_left_whole():
     """Abstract shapes only: 14.9 B parameters on fsdp 8 x tensor 2."""
-    from umm_jax import families
-
     family = families.get("mm_interleaved")
-    model = nnx.eval_shape(lambda: family.model.build(family.config.ModelConfig(), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.model.build(family.config.ModelConfig(), Keys(0)))
     abstract = nnx.split(model)[1]
     axes, mesh, total, share = sharding.logical_axes(abstract), FakeMesh(1, 8, 2), 0, 0.0
     for path, leaf in nnx.to_flat_state(abstract):

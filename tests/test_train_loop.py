@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_family as toy
+from flax import nnx
 from test_sharding import on_eight_devices
 
 from umm_jax import config, sharding
@@ -151,6 +152,12 @@ def test_misfits_are_named():
         ConfigError, match=r"the model has the parts \['image', 'text'\]; did you mean 'text'"
     ):
         run_steps(toy.run_config(train={"loss": {"test": 1.0, "image": 1.0}}), 1)
+
+
+def test_keys_are_those_of_nnx():
+    keys, rngs = state.Keys(3), nnx.Rngs(3)
+    for _ in range(3):
+        assert jnp.array_equal(jax.random.key_data(keys.params()), jax.random.key_data(rngs.params()))
 
 
 # --- the loop ---------------------------------------------------------------------------------------

@@ -33,7 +33,14 @@ from umm_jax.train.state import TrainState, abstract_params
 
 # How a disk says no, in errno and in the words of the storage library.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_WORDS = ("No space left", "File too large", "quota exceeded", "Read-only file system", "Permission denied")
+_WORDS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "Error writing",  # what follows from one of the above in another array
+)
 
 
 class Checkpoints:

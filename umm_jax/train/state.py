@@ -21,6 +21,22 @@ from umm_jax.train.optimizer import Optimizer, Tree, flatten, unflatten
 TrainState = dict[str, Any]
 
 
+class Keys:
+    """Stands in for ``nnx.Rngs(seed)`` while parameters are made, and draws the same keys.
+
+    Under a trace, the counter of ``nnx.Rngs`` is a traced variable whose every update searches the whole
+    program so far (half a minute for the thousand arrays of a release); this one is a plain number.
+    """
+
+    def __init__(self, seed: int):
+        self._key, self._count = jax.random.key(seed), 0
+
+    def params(self) -> jax.Array:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+
 def is_autoencoder(path: str) -> bool:
     """Whether a parameter belongs to the image autoencoder (a module called ``autoencoder``)."""
     return "autoencoder" in path.split("/")
@@ -55,7 +71,7 @@ class Plan:
 
 def abstract_params(build: Callable[[nnx.Rngs], nnx.Module], mesh) -> tuple[Any, nnx.State, Tree]:
     """(graphdef, abstract model state with metadata, abstract parameters with shardings), no array made."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(Keys(0))))
     placed = sharding.shardings(state, mesh)
     return graphdef, state, _with_shardings(nnx.to_pure_dict(state), placed)
 
@@ -99,7 +115,7 @@ def init(plan: Plan, run: RunConfig) -> TrainState:
     """The state at step 0, every shard made on the device that keeps it."""
 
     def create():
-        params = nnx.to_pure_dict(nnx.split(plan.build(nnx.Rngs(run.train.seed)))[1])
+        params = nnx.to_pure_dict(nnx.split(plan.build(Keys(run.train.seed)))[1])
         return _fresh(params, plan.optimizer, run)
 
     # Random numbers for a hundred arrays are a large program that runs once: on CPU, optimising it costs six
