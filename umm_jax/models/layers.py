@@ -57,6 +57,23 @@ def constant(value: float) -> Initializer:
     return jax.nn.initializers.constant(value)
 
 
+class Keys:
+    """The stream of keys parameters are made from; takes the place of ``nnx.Rngs``.
+
+    Under a trace, the counter of ``nnx.Rngs`` is a traced variable whose every update searches the whole
+    program so far (half a minute for the thousand arrays of a release); this one is a plain number.
+    """
+
+    def __init__(self, seed: int | jax.Array):
+        self._key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self._count = 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Axes, init: Initializer) -> nnx.Param:
     """A float32 parameter that carries its logical `axes`, one per dimension of `shape`."""
     if len(shape) != len(axes):
@@ -213,10 +230,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     """`count` equal modules as one, parameters with a leading ``layers`` axis. Run it with :func:`scan`."""
 
     def init(key):
-        return nnx.split(make(nnx.Rngs(params=key)))[1]
+        return nnx.split(make(Keys(key)))[1]
 
     state = jax.vmap(init)(jax.random.split(rngs.params(), count))
-    graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(Keys(0))))[0]
     for _, variable in nnx.to_flat_state(state):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
     return nnx.merge(graphdef, state)

@@ -56,6 +56,7 @@ class UNetConfig:
         layers_per_block: residual blocks per level on the way down.
         transformer_layers: layers of each transformer outside the mid block.
         mlp_multiple: hidden width of the transformers' MLP over their width.
+        qk_norm: normalised queries and keys in the transformers, see ``unet_blocks.Attention``.
         norm, norm_groups, activation: of the residual blocks.
         skips: ``all`` keeps every feature of the way down, and a level has one more residual block on the way
             up than down (the reference); ``levels`` keeps one per level but the coarsest, for small models.
@@ -79,6 +80,7 @@ class UNetConfig:
     transformer_layers: int = 1
     mid_layers: int = 1
     mlp_multiple: int = 4
+    qk_norm: bool = False
     norm: NormKind = "group"
     norm_groups: int = 32
     activation: str = "silu"
@@ -177,6 +179,7 @@ class UNet(nnx.Module):
                 c.context_width,
                 layers=layers,
                 mlp_multiple=c.mlp_multiple,
+                qk_norm=c.qk_norm,
                 norm=c.norm,
                 groups=c.norm_groups,
                 rngs=rngs,

@@ -27,7 +27,7 @@ class ContextConfig:
     length: int = 2048
     positions: Literal["sincos", "learned"] = "sincos"
     project: bool = True
-    std: float = 1.0
+    std: float = 0.02
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from umm_jax.families.mm_interleaved.model import MMInterleaved, build
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
 from umm_jax.models.backbone import Cache
 from umm_jax.models.decoding import choose_token
+from umm_jax.models.layers import Keys
 from umm_jax.stream import Feature, Stream
 
 # Why a row stopped writing text.
@@ -64,14 +65,18 @@ class Replier:
 
     Args:
         config: the family's ModelConfig; params: nested dict of arrays; tokenizer: the run's tokenizer.
-        round_tokens: capacities are rounded up to this many tokens, so that few shapes are compiled.
+        round_tokens, round_images: capacities are rounded up to multiples of these, so that few shapes are
+            compiled.
     """
 
-    def __init__(self, config: ModelConfig, params, tokenizer, *, round_tokens: int = 64):
+    def __init__(
+        self, config: ModelConfig, params, tokenizer, *, round_tokens: int = 64, round_images: int = 4
+    ):
         self.config, self.params = config, params
         self.serializer = Serializer(config, tokenizer)
-        self.round_tokens = round_tokens
-        self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))[0]
+        self.round_tokens, self.round_images = round_tokens, round_images
+        self.never = self.serializer.never_written(config.backbone.vocab)
+        self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, Keys(0))))[0]
         self._read = jax.jit(self._read_prompt, static_argnames="capacity")
         self._write = jax.jit(self._write_text, static_argnames="limit")
         self._draw = jax.jit(self._draw_image, static_argnames=("steps", "guided"))
@@ -172,7 +177,8 @@ class Replier:
         """Right-padded prompts, with room for the images to come."""
         most_tokens = max(len(s["tokens"]["ids"]) for s in streams)
         tokens = -(-most_tokens // self.round_tokens) * self.round_tokens
-        images = max(len(s["images"]["soi"]) for s in streams) + settings.max_images
+        most_images = max(len(s["images"]["soi"]) for s in streams) + settings.max_images
+        images = -(-most_images // self.round_images) * self.round_images
         spec = self.serializer.spec
 
         def pad(arrays, length, feature: Feature):
@@ -252,7 +258,7 @@ class Replier:
             memory, last, ids, written, stop, running, i = carry
             logits = model.head(last)
             logits = logits.at[:, soi].add(jnp.where(forbid, -jnp.inf, 0.0))
-            logits = logits.at[:, self.serializer.slot].set(-jnp.inf)
+            logits = jnp.where(self.never, -jnp.inf, logits)
             only = jnp.arange(logits.shape[-1]) == soi
             logits = jnp.where((force & (i == 0))[:, None] & ~only, -jnp.inf, logits)
             step_keys = jax.vmap(jax.random.fold_in)(keys, memory.length)

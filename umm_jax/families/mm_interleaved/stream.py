@@ -185,6 +185,23 @@ class Serializer:
             "train another family on this data, or remove these parts"
         )
 
+    def never_written(self, vocab: int) -> np.ndarray:
+        """True for the ids a reply cannot contain: bool [vocab]. They open turns, pad, or stand for nothing.
+
+        Raises:
+            ConfigError: the tokenizer has more pieces than the model's vocabulary.
+        """
+        if self.tokenizer.size > vocab:
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.size} pieces, the model's vocabulary holds {vocab}; "
+                "set config.model.backbone.vocab at least as high"
+            )
+        never = np.zeros(vocab, bool)
+        never[self.tokenizer.size :] = True
+        structure = [i for prefix in self.prefix.values() if len(prefix) == 1 for i in prefix]
+        never[[0, self.bos, self.slot, *structure]] = True
+        return never
+
     # --- reply tokens to parts --------------------------------------------------------------------
 
     def parts(self, ids: Sequence[int], last_image: str | None) -> list[Part]:
