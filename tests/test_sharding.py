@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from umm_jax import families, sharding
 from umm_jax.config import MeshConfig
 from umm_jax.errors import DeviceError
-from umm_jax.train.state import Keys
+from umm_jax.models.layers import Keys
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,6 +21,7 @@ from test_sharding import on_eight_devices
 
 from umm_jax import config, sharding
 from umm_jax.errors import ConfigError, DataError, Interrupted, UserError
+from umm_jax.models.layers import Keys
 from umm_jax.train import loop, metrics, state, step
 from umm_jax.train.checkpoint import Checkpoints
 from umm_jax.train.optimizer import flatten
@@ -155,7 +156,7 @@ def test_misfits_are_named():
 
 
 def test_keys_are_those_of_nnx():
-    keys, rngs = state.Keys(3), nnx.Rngs(3)
+    keys, rngs = Keys(3), nnx.Rngs(3)
     for _ in range(3):
         assert jnp.array_equal(jax.random.key_data(keys.params()), jax.random.key_data(rngs.params()))
 

@@ -293,12 +293,20 @@ class ReplySettings:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The full evaluation after a run: which world preset, splits and how many items per skill."""
+    """The full evaluation after a run.
+
+    Attributes:
+        world: preset of the world it is judged in.
+        splits: the first is judged on `items` per skill and `dialogues` dialogues, the others on
+            `other_items` of each.
+        weights: "ema" needs train.ema.
+    """
 
     world: str = "tiny"
     splits: tuple[str, ...] = ("iid",)
     items: int = 256
     dialogues: int = 160
+    other_items: int = 64
     batch_size: int = 64
     weights: typing.Literal["ema", "raw"] = "raw"
     seed: int = 1_000_003

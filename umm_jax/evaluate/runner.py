@@ -143,10 +143,15 @@ def evaluate(
     run, section = loaded.run, loaded.run.eval
     world = world_of(run)
     splits = section.splits if splits is None else splits
-    counts = {name: section.dialogues if name == "dialogue" else section.items for name in SKILLS}
-    if items is not None:
-        counts = {name: min(items, n) if name == "dialogue" else items for name, n in counts.items()}
+
+    def count(split: str, name: str) -> int:
+        if split != section.splits[0]:
+            return section.other_items if items is None else min(items, section.other_items)
+        full = section.dialogues if name == "dialogue" else section.items
+        return full if items is None else min(items, full) if name == "dialogue" else items
+
     plan = [(split, name) for split in splits for name in _skills_of(split)]
+    counts = {f"{split}/{name}": count(split, name) for split, name in plan}
     store = Store(
         Path(run_dir) / "eval",
         {
@@ -165,7 +170,7 @@ def evaluate(
         if store.has(split, name):
             print(f"{split}/{name}: judged already")
             continue
-        todo = skills.items(world, name, split, counts[name], section.seed)
+        todo = skills.items(world, name, split, counts[f"{split}/{name}"], section.seed)
         replies = sum(1 + len(item.user_turns) for item in todo)
         with tqdm(total=replies, desc=f"{split}/{name}", unit=" replies", disable=None) as bar:
             outcomes = ask(

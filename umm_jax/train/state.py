@@ -16,25 +16,10 @@ from flax import nnx
 
 from umm_jax import sharding
 from umm_jax.config import RunConfig
+from umm_jax.models.layers import Keys
 from umm_jax.train.optimizer import Optimizer, Tree, flatten, unflatten
 
 TrainState = dict[str, Any]
-
-
-class Keys:
-    """Stands in for ``nnx.Rngs(seed)`` while parameters are made, and draws the same keys.
-
-    Under a trace, the counter of ``nnx.Rngs`` is a traced variable whose every update searches the whole
-    program so far (half a minute for the thousand arrays of a release); this one is a plain number.
-    """
-
-    def __init__(self, seed: int):
-        self._key, self._count = jax.random.key(seed), 0
-
-    def params(self) -> jax.Array:
-        key = jax.random.fold_in(self._key, self._count)
-        self._count += 1
-        return key
 
 
 def is_autoencoder(path: str) -> bool:
