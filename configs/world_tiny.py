@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
         ),
         visual_resampler=dict(kind="none", d_in=128, d_out=128),
         visual_std=128**-0.5,
-        context=dict(length=40, positions="learned", project=False, std=0.02),
+        context=dict(length=40, positions="learned", project=False, std=0.3),
         context_resampler=dict(kind="none", d_in=width, d_out=width),
         unet=dict(
             side=side,
@@ -93,7 +93,8 @@ def get_config() -> ConfigDict:
         dict(
             family="mm_interleaved",
             model=model,
-            world=dict(preset="tiny", count=25600, overrides={}),
+            # Requests list objects in reading order: words find their cells a third sooner than in random order.
+            world=dict(preset="tiny", count=25600, overrides=dict(shuffled=False)),
             data=dict(tokens=128, images=3, packing="none", batch_size=16),
             optim=dict(
                 lr=6e-3,
