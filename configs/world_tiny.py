@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
         dict(
             family="mm_interleaved",
             model=model,
-            # Requests list objects in reading order: words find their cells a third sooner than in random order.
+            # Requests list objects in reading order: words find their cells sooner than in random order.
             world=dict(preset="tiny", count=25600, overrides=dict(shuffled=False)),
             data=dict(tokens=128, images=3, packing="none", batch_size=16),
             optim=dict(
@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
                 loss=dict(text=1.0, image=2.0),
                 log_every=20,
                 save_every=400,
-                eval_every=400,
+                eval_every=800,
                 eval_items=32,
             ),
             reply=dict(max_tokens=40, max_images=1, image_steps=8),
