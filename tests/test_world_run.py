@@ -1,0 +1,104 @@
+"""The real family on the real world, through the command line: the same on 8 devices and after any death."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from umm_jax import cli
+from umm_jax.train.checkpoint import load_params
+from umm_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a few dialogues and their tokenizer."""
+    folder = tmp_path_factory.mktemp("world")
+    cli.dispatch(["data", "synthesize", "--count=96", f"--out={folder / 'data'}", "--shards=2"])
+    cli.dispatch(["data", "tokenizer", f"--out={folder / 'tokenizer.model'}"])
+    return folder
+
+
+def command(world, workdir, steps, *overrides):
+    return [
+        sys.executable,
+        "-m",
+        "umm_jax.cli",
+        "train",
+        f"--config={ROOT / 'configs' / 'world_tiny.py'}",
+        f"--workdir={workdir}",
+        f'--config.data.sources=[{{"path": "{world / "data"}"}}]',
+        f"--config.data.tokenizer={world / 'tokenizer.model'}",
+        "--config.data.batch_size=8",
+        f"--config.train.steps={steps}",
+        "--config.train.log_every=1",
+        "--config.train.eval_every=0",
+        *overrides,
+    ]
+
+
+def environment(devices=1):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def run(argv, devices=1, timeout=600):
+    done = subprocess.run(argv, env=environment(devices), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(workdir):
+    return [line["loss"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+def test_one_device_and_eight_give_equal_losses(world, tmp_path):
+    """float32 over 10 steps; the mesh has all three axes."""
+    run(command(world, tmp_path / "one", 10))
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    run(command(world, tmp_path / "eight", 10, *mesh), devices=8)
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert len(one) == 10 and one[-1] < one[0]
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(world, tmp_path):
+    saves = ["--config.train.save_every=2"]
+    run(command(world, tmp_path / "whole", 12, *saves))
+    argv, workdir = command(world, tmp_path / "killed", 12, *saves), tmp_path / "killed"
+    for at in sorted(random.sample(range(2, 12), 3)):
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(argv, env=environment(), **silent)
+        while process.poll() is None and reached(workdir) < at:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(argv)
+    whole, killed = (load_params(tmp_path / name)[2] for name in ("whole", "killed"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
+        assert np.array_equal(a, b)
+    assert losses(workdir) == losses(tmp_path / "whole")
+
+
+def reached(workdir):
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
