@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
                 b2=0.95,
                 clip=1.0,
                 groups=[
+                    # As in the release, a tenth of the rate where points are placed: Muon's steps have one
+                    # size, and would carry them out of the picture.
+                    dict(match=["offsets"], optimizer="adamw", lr_scale=0.1),
                     dict(match=["embed/", "head/", "positions"], optimizer="adamw"),
                     dict(match=[], optimizer="muon", weight_decay=0.02),
                 ],

@@ -162,6 +162,12 @@ class Conv(nnx.Module):
         return y.reshape(*lead, *y.shape[1:])
 
 
+def unit_rms(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32; a large `eps` leaves small vectors small."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
 

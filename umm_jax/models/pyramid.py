@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.layers import Conv, Modules, RMSNorm, space_to_depth
+from umm_jax.models.layers import Conv, Modules, RMSNorm, space_to_depth, unit_rms
 from umm_jax.models.positions import GridVectors
 from umm_jax.models.vision import VisionOutput
 
@@ -97,5 +97,6 @@ class Pyramid(nnx.Module):
             maps.append(x)
         if self.to_maps is not None:
             maps = [conv(m) for conv, m in zip(self.to_maps, maps)]
-        tokens = self.norm(x + self.position().astype(x.dtype))
+        # At unit scale first: features grow in training and would drown the positions.
+        tokens = self.norm(unit_rms(x) + self.position().astype(x.dtype))
         return VisionOutput(jnp.reshape(tokens, (x.shape[0], -1, x.shape[-1])), tuple(maps))

@@ -27,6 +27,7 @@ from umm_jax.models.layers import (
     normal,
     param,
     space_to_depth,
+    unit_rms,
 )
 from umm_jax.models.unet_blocks import (
     Conditioning,
@@ -65,7 +66,8 @@ class UNetConfig:
         time_conditioning, upsample: see ``unet_blocks``.
         input_gate: s of the Wiener gate: the network sees x_t (1-t) s / ((1-t)^2 s + t^2), which is the best
             linear guess of a signal of variance s, and nothing at t = 1. Needs flow times.
-        grid_vectors: adds a learned vector per row and per column before the mid block.
+        grid_vectors: adds a learned vector per row and per column, to features of unit scale, before the mid
+            block.
         remat: rematerialisation policy of each block, see ``layers.checkpoint_policy``.
     """
 
@@ -294,7 +296,9 @@ class UNet(nnx.Module):
                     skips.append(x)
 
         if c.grid_vectors:
-            x = x + (self.grid_rows[...][:, None] + self.grid_columns[...]).astype(x.dtype)
+            # Nothing else bounds x here: without this it grows until no query can tell where it stands. The
+            # large eps keeps a map that holds next to nothing (t near 1) from being blown up to noise.
+            x = unit_rms(x, eps=1.0) + (self.grid_rows[...][:, None] + self.grid_columns[...]).astype(x.dtype)
         x = run(self.mid.resnets[0], x, time)
         for attention in self.mid.attentions:
             x = run(attention, x, context, mask)
