@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from umm_jax.sharding import constrain
+
 Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -145,13 +147,17 @@ class Conv(nnx.Module):
         self.bias = param(rngs, (d_out,), (axes[1],), bias_init) if bias else None
         pad = kernel // 2 if padding is None else padding
         self.padding = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
-        self.stride, self.groups = stride, groups
+        self.stride, self.groups, self.out_axis = stride, groups, axes[1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-3]
+        # The kernel is made whole over fsdp first. Left to itself, XLA's partitioner gets the gradients wrong,
+        # without a word, where a kernel is split along its input and its output and the batch along a third
+        # mesh axis (JAX 0.10.2; tests/test_sharding.py has the case).
+        kernel = constrain(self.kernel[...], None, None, None, self.out_axis)
         y = jax.lax.conv_general_dilated(
             x.reshape((-1, *x.shape[-3:])),
-            self.kernel[...].astype(x.dtype),
+            kernel.astype(x.dtype),
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
