@@ -2,6 +2,7 @@
 
 import collections
 import resource
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -137,6 +138,20 @@ def test_missing_or_foreign_checkpoints_are_refused(tmp_path, plan, saved):
     writer.close()
     with pytest.raises(CheckpointError, match="no averaged weights"):
         Checkpoints(tmp_path / "plain", read_only=True).restore_params(plan.abstract["params"], weights="ema")
+
+
+def test_an_option_added_since_a_checkpoint_was_saved_is_read_as_its_default(
+    tmp_path, plan, saved, monkeypatch
+):
+    monkeypatch.setattr(checkpoint.families, "get", lambda name: SimpleNamespace(config=toy))
+    older = {**IDENTITY, "model": {k: v for k, v in IDENTITY["model"].items() if k != "width"}}
+    writer = Checkpoints(tmp_path)
+    writer.save(1, saved, {}, older)
+    writer.close()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert same(reader.restore(plan.abstract, IDENTITY)[0], saved)
+    with pytest.raises(CheckpointError, match="model.width: 16 != 24"):
+        reader.restore(plan.abstract, plain_config(RUN, toy.ModelConfig(width=24)))
 
 
 def test_a_disk_known_to_be_full_is_refused_before_anything_is_written(tmp_path, plan, saved, monkeypatch):

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from umm_jax import config as configs
 from umm_jax import families, sharding
-from umm_jax.errors import CheckpointError, StorageError
+from umm_jax.errors import CheckpointError, ConfigError, StorageError
 from umm_jax.train.optimizer import Tree, flatten, unflatten
 from umm_jax.train.state import TrainState, abstract_params
 
@@ -225,7 +225,8 @@ class Checkpoints:
             parts = ("family", "model")
             # Through JSON, as the saved one went: tuples are lists there.
             here = json.loads(json.dumps({k: config[k] for k in parts}))
-            found = configs.differences({k: saved[k] for k in parts}, here)
+            there = {k: _with_defaults(saved)[k] for k in parts}
+            found = configs.differences(there, here)
             if found:
                 raise CheckpointError(
                     f"{self.directory}: step {step} is of another model (saved != asked): {'; '.join(found)}"
@@ -280,6 +281,17 @@ def load_params(
 def plain_config(run: configs.RunConfig, model_config: Any) -> dict[str, Any]:
     """The run's config as saved beside a checkpoint: defaults of the model section filled in."""
     return {**configs.to_dict(run), "model": configs.to_dict(model_config)}
+
+
+def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved config with the options its model has learnt to take since then, at their defaults."""
+    try:
+        model_config = families.get(saved["family"]).config.ModelConfig
+        model = configs.to_dict(configs.from_dict(model_config, saved["model"], "config.model"))
+    except ConfigError:
+        # A family or option that is no more: what is saved is compared as it is, and named.
+        return saved
+    return {**saved, "model": json.loads(json.dumps(model))}
 
 
 def _of_all_processes(value: Any) -> list[Any]:
