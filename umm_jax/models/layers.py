@@ -151,8 +151,8 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-3]
-        # The kernel is made whole over fsdp first. Left to itself, XLA's partitioner gets the gradients wrong,
-        # without a word, where a kernel is split along its input and its output and the batch along a third
+        # The kernel is made whole over fsdp first. Left to itself, XLA's partitioner silently gets the
+        # gradients wrong where a kernel is split along its input and its output and the batch along a third
         # mesh axis (JAX 0.10.2; tests/test_sharding.py has the case).
         kernel = constrain(self.kernel[...], None, None, None, self.out_axis)
         y = jax.lax.conv_general_dilated(
