@@ -28,9 +28,10 @@ def get_config() -> ConfigDict:
             qk_norm=True,
             attention_scale=1.5,
             gated_mlp=False,
-            activation="relu2",
+            activation="gelu_tanh",
             embed_std=1.0,
-            sync_every=4,
+            sync_every=2,
+            unroll=True,
             # As in the release, text does not read the finest level.
             synchronizer=dict(
                 **maps,
@@ -93,14 +94,26 @@ def get_config() -> ConfigDict:
         dict(
             family="mm_interleaved",
             model=model,
-            # Requests list objects in reading order: words find their cells sooner than in random order.
-            world=dict(preset="tiny", count=25600, overrides=dict(shuffled=False)),
-            data=dict(tokens=128, images=3, packing="none", batch_size=16),
+            # Each batch is seen once. More of what is learned last: uploaded pictures, which no words
+            # describe, whole descriptions, and changes to objects that must first be found. Requests list
+            # objects in reading order: words find their cells sooner than in random order.
+            world=dict(
+                preset="tiny",
+                count=18000,
+                overrides=dict(
+                    shuffled=False,
+                    first_upload=0.6,
+                    picture_ops=dict(edit=0.76, draw=0.12, upload=0.12),
+                    questions=dict(describe=2.0, where=1.25, locate=1.25),
+                    edits=dict(add=0.6, background=0.3),
+                ),
+            ),
+            data=dict(tokens=128, images=3, packing="none", batch_size=12),
             optim=dict(
                 lr=6e-3,
                 schedule="trapezoid",
                 warmup=100,
-                decay=0.35,
+                decay=0.5,
                 b1=0.9,
                 b2=0.95,
                 clip=1.0,
@@ -109,15 +122,17 @@ def get_config() -> ConfigDict:
                     # size, and would carry them out of the picture.
                     dict(match=["offsets"], optimizer="adamw", lr_scale=0.1),
                     dict(match=["embed/", "head/", "positions"], optimizer="adamw"),
+                    # What the language model reads must hold still for it to find things by their looks.
+                    dict(match=["tower/"], optimizer="muon", weight_decay=0.02, lr_scale=0.25),
                     dict(match=[], optimizer="muon", weight_decay=0.02),
                 ],
             ),
             train=dict(
-                steps=1600,
+                steps=1500,
                 loss=dict(text=1.0, image=2.0),
                 log_every=20,
-                save_every=400,
-                eval_every=800,
+                save_every=500,
+                eval_every=750,
                 eval_items=32,
             ),
             reply=dict(max_tokens=40, max_images=1, image_steps=8),

@@ -34,6 +34,7 @@ class BackboneConfig:
         gated_mlp: SwiGLU-type MLP (activation(gate) * up); otherwise activation(up).
         synchronizer: None for a plain transformer.
         remat: rematerialisation policy of a group of layers, see ``layers.checkpoint_policy``.
+        unroll: whether layers are written out instead of looped over: for a few small layers on a CPU.
     """
 
     vocab: int = 32002
@@ -52,6 +53,7 @@ class BackboneConfig:
     sync_every: int = 4
     synchronizer: SynchronizerConfig | None = None
     remat: str = "none"
+    unroll: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -217,7 +219,15 @@ class Backbone(nnx.Module):
                 new.append(layer_cache)
             return x, None if caches is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
 
-        x, cache = L.scan(self.layers, step, x, (sync_state, values, cache), remat=config.remat, group=group)
+        x, cache = L.scan(
+            self.layers,
+            step,
+            x,
+            (sync_state, values, cache),
+            remat=config.remat,
+            group=group,
+            unroll=config.unroll,
+        )
         if cache is not None:
             cache = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
         return self.norm(x), cache

@@ -259,6 +259,7 @@ def scan(
     *,
     remat: str = "none",
     group: int = 1,
+    unroll: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a stacked `module`: ``carry, y = step(layer, carry, x)`` for each layer, first to last.
 
@@ -268,6 +269,7 @@ def scan(
         carry, xs: as in ``jax.lax.scan``; every leaf of `xs` has a leading axis of steps.
         remat: name of a rematerialisation policy, see :func:`checkpoint_policy`.
         group: layers per step; must divide the number of layers.
+        unroll: write all steps out, one after another: longer to compile, faster where layers are small.
 
     Returns:
         the last carry and the stacked outputs.
@@ -288,7 +290,7 @@ def scan(
 
     if remat != "none":
         body = jax.checkpoint(body, policy=checkpoint_policy(remat), prevent_cse=False)
-    return jax.lax.scan(body, carry, (state, xs))
+    return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
 
 
 def checkpoint_policy(name: str):
