@@ -1,5 +1,7 @@
 """The assembled family: packing changes nothing, conversations stay apart, memory equals reading at once."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import mm_interleaved_toy as toy
@@ -195,6 +197,21 @@ def test_later_tokens_and_images_do_not_reach_earlier_ones(config, model, stream
     after, _ = jax.jit(text_loss)(model, data)
     assert (np.asarray(before)[0, : last + 1] == np.asarray(after)[0, : last + 1]).all()
     assert not np.array_equal(np.asarray(before)[0, last + 1], np.asarray(after)[0, last + 1])
+
+
+def test_layers_written_out_give_what_layers_looped_over_give(config, model, streams):
+    data = rows(config, [[streams[0], streams[1]]])
+    backbone = replace(config.backbone, unroll=True)
+    written_out = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: toy.model(replace(config, backbone=backbone)))), nnx.state(model)
+    )
+    programs = [jax.jit(lambda m, d: m.hidden(d, *m.look(d["images"]["pixels"])))] * 2
+    looped, flat = (f(m, data) for f, m in zip(programs, (model, written_out)))
+    np.testing.assert_allclose(flat, looped, rtol=1e-5, atol=1e-5)
+    texts = [f.lower(m, data).as_text() for f, m in zip(programs, (model, written_out))]
+    assert "stablehlo.while" in texts[0] and texts[1].count("stablehlo.while") < texts[0].count(
+        "stablehlo.while"
+    )
 
 
 # --- replies ----------------------------------------------------------------------------------------
