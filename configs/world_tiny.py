@@ -1,6 +1,6 @@
 """The embedded default: a 3.3M-parameter MM-Interleaved on the `tiny` visual-dialogue world.
 
-Learns on two CPU cores in less than twenty minutes to draw, edit, answer and remember. Every part is the real
+Learns on two CPU cores in about twenty minutes to draw, edit, answer and remember. Every part is the real
 one at small size, with these choices where a model this small needs another shape than the release:
 a convolutional tower, no resamplers, pixels instead of latents, and a flow that predicts the clean picture.
 """
