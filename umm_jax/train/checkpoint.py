@@ -225,8 +225,8 @@ class Checkpoints:
             parts = ("family", "model")
             # Through JSON, as the saved one went: tuples are lists there.
             here = json.loads(json.dumps({k: config[k] for k in parts}))
-            there = {k: _with_defaults(saved)[k] for k in parts}
-            found = configs.differences(there, here)
+            saved = _with_defaults(saved)
+            found = configs.differences({k: saved[k] for k in parts}, here)
             if found:
                 raise CheckpointError(
                     f"{self.directory}: step {step} is of another model (saved != asked): {'; '.join(found)}"
