@@ -77,6 +77,60 @@ def test_one_device_and_eight_give_equal_losses(world, tmp_path):
     np.testing.assert_allclose(eight, one, rtol=1e-4)
 
 
+GRADIENTS = """
+import sys, jax, numpy as np
+from flax import nnx
+from umm_jax import config, families, sharding
+from umm_jax.data.pipeline import make_loader
+from umm_jax.data.tokenizer import Tokenizer
+from umm_jax.train import state
+from umm_jax.train.optimizer import flatten
+
+found = []
+for sizes in ([1, 1, 1], [2, 2, 2]):
+    mesh = [f"mesh.{name}={size}" for name, size in zip(sharding.AXES, sizes)]
+    run = config.load(sys.argv[1], [*sys.argv[2:], *mesh])
+    family = families.get(run.family)
+    model = config.from_dict(family.config.ModelConfig, run.model, "config.model")
+    mesh = sharding.make_mesh(run.mesh)
+    plan = state.plan(lambda key: family.model.build(model, key), run, mesh)
+    params = state.init(plan, run)["params"]
+    serializer = family.stream.Serializer(model, Tokenizer.load(run.data.tokenizer))
+    with make_loader(run.data, serializer) as loader:
+        batch = sharding.put_batch(next(loader), mesh)
+
+    def loss(params, batch):
+        with sharding.use(mesh):
+            module = nnx.merge(plan.graphdef, nnx.State(params))
+            sums, _ = module.loss_sums(batch, jax.random.key(3))
+            weights = module.loss_weights(batch)
+            return sum(sums[name] / weights[name] for name in sums)
+
+    gradient = flatten(jax.jit(jax.grad(loss))(params, batch))
+    found.append({path: np.asarray(value) for path, value in gradient.items()})
+for path, one in found[0].items():
+    norm = np.linalg.norm(one)
+    if norm > 1e-6:
+        print(np.linalg.norm(found[1][path] - one) / norm, path)
+"""
+
+
+@pytest.mark.slow
+def test_one_device_and_eight_give_equal_gradients_of_every_parameter(world):
+    """Losses forgive a wrong gradient for a while; this does not."""
+    overrides = [
+        f'data.sources=[{{"path": "{world / "data"}"}}]',
+        f"data.tokenizer={world / 'tokenizer.model'}",
+        "data.batch_size=8",
+    ]
+    argv = [sys.executable, "-c", GRADIENTS, str(ROOT / "configs" / "world_tiny.py"), *overrides]
+    done = subprocess.run(argv, env=environment(8), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) > 200
+    assert not [line for line in lines if float(line[0]) > 1e-4]
+
+
 @pytest.mark.slow
 def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(world, tmp_path):
     saves = ["--config.train.save_every=2"]

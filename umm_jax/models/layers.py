@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umm_jax.sharding import constrain
-
 Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -147,17 +145,13 @@ class Conv(nnx.Module):
         self.bias = param(rngs, (d_out,), (axes[1],), bias_init) if bias else None
         pad = kernel // 2 if padding is None else padding
         self.padding = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
-        self.stride, self.groups, self.out_axis = stride, groups, axes[1]
+        self.stride, self.groups = stride, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-3]
-        # The kernel is made whole over fsdp first. Left to itself, XLA's partitioner silently gets the
-        # gradients wrong where a kernel is split along its input and its output and the batch along a third
-        # mesh axis (JAX 0.10.2; tests/test_sharding.py has the case).
-        kernel = constrain(self.kernel[...], None, None, None, self.out_axis)
         y = jax.lax.conv_general_dilated(
             x.reshape((-1, *x.shape[-3:])),
-            kernel.astype(x.dtype),
+            self.kernel[...].astype(x.dtype),
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
