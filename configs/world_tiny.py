@@ -89,6 +89,8 @@ def get_config() -> ConfigDict:
         added_tokens=0,
         uncond_prob=0.0,
         image_loss=dict(block=8, detail=4.0, change=6.0),
+        # Of three images a row about two are drawn: nothing is spent on the ones that are only shown.
+        max_drawn=2,
     )
     return ConfigDict(
         dict(

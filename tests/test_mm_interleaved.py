@@ -133,19 +133,14 @@ def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model,
         return text / weights["text"] + image / weights["image"], weights
 
     def image_loss(model, data, hidden, maps):
-        images = data["images"]
-        soi = images["soi"]
-        first = soi - jnp.take_along_axis(data["tokens"]["positions"], soi, axis=1)
-        condition, mask = model.condition(hidden, soi, first)
-        x0 = model.autoencoder.encode(model._targets(images))
-        noise = jnp.sin(1000 * x0)
-        noised = model.schedule.at(x0, noise, jnp.full(len(x0), 0.5))
-        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
-        values = model._sync_values(before)
-        out = model.predict(
-            noised.x_t, noised.t, condition, mask, values, model._previous(images).reshape(-1, 1)
-        )
-        return jnp.sum(model._image_weights(data) * jnp.mean((out - noised.target) ** 2, -1, keepdims=True))
+        drawn = model._drawn(data["images"])
+        inputs = model._decoder_inputs(data, drawn, hidden, maps)
+        target = drawn["target"]
+        x0 = model.autoencoder.encode(target.reshape(-1, *target.shape[2:]) / 127.5 - 1)
+        noised = model.schedule.at(x0, jnp.sin(1000 * x0), jnp.full(len(x0), 0.5))
+        out = model.predict(noised.x_t, noised.t, *inputs)
+        error = jnp.mean((out - noised.target) ** 2, -1, keepdims=True)
+        return jnp.sum(model._image_weights(drawn) * error)
 
     grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
     (packed, weights), packed_grads = grad(params, rows(config, [streams]))
@@ -158,6 +153,28 @@ def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model,
         np.testing.assert_allclose(a, b, atol=1e-5 * scale)
 
 
+def test_images_that_are_only_shown_need_no_decoder(config, streams):
+    """With max_drawn the decoder gets the drawn images alone; where they are more, the last ones."""
+    data = rows(config, [streams])
+    drawn_at = np.flatnonzero(np.asarray(data["images"]["draw"][0]))
+    assert 1 < len(drawn_at) < data["images"]["draw"].shape[1]
+
+    def inputs(most):
+        model = toy.model(replace(config, max_drawn=most))
+        drawn = model._drawn(data["images"])
+        visual, maps = model.look(data["images"]["pixels"])
+        given = model._decoder_inputs(data, drawn, model.hidden(data, visual, maps), maps)
+        return (model._image_weights(drawn), *given)
+
+    every = inputs(None)
+    for most in (len(drawn_at), len(drawn_at) - 1):
+        kept = drawn_at[-most:]
+        for few, all_ in zip(jax.tree.leaves(inputs(most)), jax.tree.leaves(every), strict=True):
+            np.testing.assert_allclose(few, all_[kept], atol=1e-6)
+    lost = [i for i in range(len(every[0])) if i not in drawn_at]
+    assert not np.asarray(every[0])[lost].any()
+
+
 def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config, model, streams):
     put = toy.serializer(config)
     other = put(toy.conversation(7, upload=True))
@@ -166,14 +183,10 @@ def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config
     @jax.jit
     def run(data):
         hidden, _ = text_loss(model, data)
-        soi = data["images"]["soi"]
-        first = soi - jnp.take_along_axis(data["tokens"]["positions"], soi, axis=1)
-        condition, mask = model.condition(hidden, soi, first)
         _, maps = model.look(data["images"]["pixels"])
-        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
-        x = jnp.ones((len(condition), toy.SIDE, toy.SIDE, 3))
-        values, visible = model._sync_values(before), model._previous(data["images"]).reshape(-1, 1)
-        return hidden, model.predict(x, jnp.full(len(x), 0.7), condition, mask, values, visible)
+        inputs = model._decoder_inputs(data, model._drawn(data["images"]), hidden, maps)
+        x = jnp.ones((len(inputs[0]), toy.SIDE, toy.SIDE, 3))
+        return hidden, model.predict(x, jnp.full(len(x), 0.7), *inputs)
 
     data = rows(config, [streams])
     hidden, drawn = run(data)

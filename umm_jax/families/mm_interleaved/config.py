@@ -54,6 +54,8 @@ class ModelConfig:
         added_tokens: ids at the end of the vocabulary with a trainable head of their own (spec section 4).
         uncond_prob: share of images trained without their condition, for guidance.
         image_loss: weights of the image loss; None is uniform.
+        max_drawn: the decoder is trained on at most this many images of a row, the last ones drawn; None runs
+            it on all, the shown ones too, whose loss is then thrown away.
         visual_std, head_std: initial scale of the projection to visual tokens, and of the output head.
         loss_chunk: positions whose logits are held at a time; None holds all.
     """
@@ -73,6 +75,7 @@ class ModelConfig:
     added_tokens: int = 2
     uncond_prob: float = 0.1
     image_loss: ImageLossConfig | None = None
+    max_drawn: int | None = None
     visual_std: float = 1e-3
     head_std: float = 0.02
     loss_chunk: int | None = None
@@ -92,6 +95,8 @@ class ModelConfig:
                 f"the tower reads images of {self.tower.image_size} px, "
                 f"layout.image_size is {self.layout.image_size}"
             )
+        if self.max_drawn is not None and self.max_drawn < 1:
+            raise ConfigError(f"max_drawn must be positive, or null for all, it is {self.max_drawn}")
         sync = self.backbone.synchronizer
         if sync is not None and sync.d_query != self.backbone.width:
             raise ConfigError(f"backbone.synchronizer.d_query must be backbone.width ({self.backbone.width})")

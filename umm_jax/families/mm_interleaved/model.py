@@ -181,7 +181,7 @@ class MMInterleaved(nnx.Module):
     def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Denominators of the losses: they depend on the data alone."""
         _, weight = next_token_targets(batch["tokens"])
-        return {"text": jnp.sum(weight), "image": jnp.sum(self._image_weights(batch))}
+        return {"text": jnp.sum(weight), "image": jnp.sum(self._image_weights(self._drawn(batch["images"])))}
 
     def loss_sums(self, batch: Batch, key: jax.Array):
         """Numerators of the losses, and metrics as (sum, weight) pairs."""
@@ -190,71 +190,99 @@ class MMInterleaved(nnx.Module):
         hidden = self.hidden(batch, visual, maps)
         targets, weight = next_token_targets(batch["tokens"])
         nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
-        image = self._image_loss(batch, hidden, maps, image_key, drop_key)
-        drawn = jnp.sum(batch["images"]["draw"])
+        drawn = self._drawn(batch["images"])
+        image = self._image_loss(batch, drawn, hidden, maps, image_key, drop_key)
         metrics = {
             "text_accuracy": (hits, jnp.sum(weight)),
-            "images_per_row": (drawn, jnp.float32(len(weight))),
+            "images_per_row": (jnp.sum(drawn["draw"]), jnp.float32(len(weight))),
         }
         return {"text": nll, "image": image}, metrics
 
     def autoencoder_loss(self, batch: Batch, key: jax.Array):
         """Reconstruction loss of the autoencoder over the batch's real images."""
         images = batch["images"]
-        pixels = self._targets(images)
-        real = (images["segment_ids"] > 0).reshape(-1).astype(jnp.float32)
-        return self.autoencoder.loss(pixels, key, weight=real)
-
-    def _targets(self, images) -> jax.Array:
-        """Pictures to draw, [B*I, side, side, 3] in [-1, 1]."""
         pixels = images.get("target", images["pixels"])
-        return pixels.reshape(-1, *pixels.shape[2:]).astype(jnp.float32) / 127.5 - 1
+        real = (images["segment_ids"] > 0).reshape(-1).astype(jnp.float32)
+        return self.autoencoder.loss(_signed(_rows(pixels)), key, weight=real)
 
-    def _previous(self, images) -> jax.Array:
-        """[B, I]: True where the image before belongs to the same conversation."""
-        segments = images["segment_ids"]
-        return (segments > 0) & (segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+    def _drawn(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The images the decoder is run on, K of each row: `index`, `soi`, `draw` and `before` [B, K], where
+        `before` says that the image before it belongs to the same conversation; `target` [B, K, h, w, 3] and
+        `target_before`, uint8.
 
-    def _image_weights(self, batch: Batch) -> jax.Array:
-        """Weights of the latents' errors [B*I, h, w, 1]; zero for images that are not drawn."""
-        images, c = batch["images"], self.config
-        target = self._targets(images)
+        With ``max_drawn``, the last K drawn ones: no work for images that are only shown.
+        """
+        segments, pixels = images["segment_ids"], images.get("target", images["pixels"])
+        count = segments.shape[1]
+        keep = min(self.config.max_drawn or count, count)
+        columns = jnp.arange(count)
+        _, index = jax.lax.top_k((images["draw"] > 0) * (1 + columns), keep)
+        index = jnp.sort(index, axis=1)
+        before = (segments > 0) & (segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+        return {
+            "index": index,
+            "soi": _take(images["soi"], index),
+            "draw": _take(images["draw"], index),
+            "before": _take(before, index),
+            "target": _take(pixels, index),
+            "target_before": _take(pixels, (index - 1) % count),
+        }
+
+    def _image_weights(self, drawn: dict[str, jax.Array]) -> jax.Array:
+        """Weights of the latents' errors [B*K, h, w, 1]; zero for images that are not drawn."""
+        c, target = self.config, _signed(_rows(drawn["target"]))
         if c.image_loss is None:
             weights = jnp.ones((*target.shape[:3], 1), jnp.float32)
         else:
-            stacked = target.reshape(*images["draw"].shape, *target.shape[1:])
             weights = block_weights(
                 target,
-                jnp.roll(stacked, 1, axis=1).reshape(target.shape),
-                self._previous(images).reshape(-1),
+                _signed(_rows(drawn["target_before"])),
+                _rows(drawn["before"]),
                 block=c.image_loss.block,
                 detail=c.image_loss.detail,
                 change=c.image_loss.change,
             )
         weights = pool_weights(weights, c.latent_shape[:2])
-        return weights * images["draw"].reshape(-1)[:, None, None, None]
+        return weights * _rows(drawn["draw"])[:, None, None, None]
 
-    def _image_loss(self, batch: Batch, hidden, maps, key, drop_key) -> jax.Array:
-        images, c = batch["images"], self.config
-        encode_key, noise_key = jax.random.split(key)
-        soi = images["soi"]
+    def _decoder_inputs(self, batch: Batch, drawn, hidden, maps):
+        """Condition, its mask, the synchronizer's values and what it may see, for each of the B*K images."""
+        soi = drawn["soi"]
         first = soi - jnp.take_along_axis(batch["tokens"]["positions"], soi, axis=1)
         condition, mask = self.condition(hidden, soi, first)
-        if c.uncond_prob:
-            drop = jax.random.bernoulli(drop_key, c.uncond_prob, (condition.shape[0],))
+        index = (drawn["index"] - 1) % maps[0].shape[1]
+        values = self._sync_values(tuple(_rows(_take(m, index))[:, None] for m in maps))
+        return condition, mask, values, _rows(drawn["before"])[:, None]
+
+    def _image_loss(self, batch: Batch, drawn, hidden, maps, key, drop_key) -> jax.Array:
+        encode_key, noise_key = jax.random.split(key)
+        condition, mask, values, visible = self._decoder_inputs(batch, drawn, hidden, maps)
+        if self.config.uncond_prob:
+            drop = jax.random.bernoulli(drop_key, self.config.uncond_prob, (condition.shape[0],))
             null = self.null_condition[...].astype(condition.dtype)
             condition = jnp.where(drop[:, None, None], null, condition)
             mask = mask | drop[:, None]
-        latents = jax.lax.stop_gradient(
-            self.autoencoder.encode(self._targets(images).astype(self.dtype), encode_key)
-        )
+        pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
+        latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, encode_key))
         noised = self.schedule.noised(latents.astype(jnp.float32), noise_key)
-        before = tuple(jnp.roll(m, 1, axis=1).reshape(-1, 1, *m.shape[2:]) for m in maps)
-        visible = self._previous(images).reshape(-1, 1)
-        values = self._sync_values(before)
         out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, visible)
-        error, _ = weighted_mse(out, noised.target, self._image_weights(batch))
+        error, _ = weighted_mse(out, noised.target, self._image_weights(drawn))
         return jnp.sum(error)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, I, ...] at index [B, K] -> [B, K, ...]."""
+    return x[jnp.arange(len(x))[:, None], index]
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, K, ...] -> [B*K, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _signed(pixels: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> MMInterleaved:
