@@ -90,6 +90,28 @@ def model_section(**changes) -> dict:
     return section | changes
 
 
+def latent_section() -> dict:
+    """The toy as the release is put together: autoencoder, Q-Former, noise prediction, dropped conditions."""
+    section = model_section(
+        context_resampler=dict(
+            kind="qformer",
+            d_in=16,
+            d_out=16,
+            queries=5,
+            layers=1,
+            heads=2,
+            mlp=16,
+            cross_every=1,
+            dropout=0.0,
+        ),
+        autoencoder=dict(kind="kl", widths=[4, 8], layers_per_block=1, norm_groups=2, scale=0.5),
+        schedule=dict(kind="ddpm", prediction="epsilon", sample_steps=4),
+        uncond_prob=0.3,
+    )
+    section["unet"] |= dict(side=SIDE // 2, in_channels=4, out_channels=4, patch=1, time_scale=1.0)
+    return section
+
+
 def model_config(**changes):
     return from_dict(
         families.get("mm_interleaved").config.ModelConfig, model_section(**changes), "config.model"

@@ -175,6 +175,19 @@ def test_images_that_are_only_shown_need_no_decoder(config, streams):
     assert not np.asarray(every[0])[lost].any()
 
 
+def test_more_noise_draws_are_a_steadier_estimate_of_the_same_loss(config, streams):
+    data = rows(config, [streams])
+
+    def losses(draws):
+        model = toy.model(replace(config, noise_draws=draws))
+        loss = jax.jit(lambda key: model.loss_sums(data, key)[0]["image"])
+        return np.array([float(loss(jax.random.key(k))) for k in range(24)])
+
+    one, eight = losses(1), losses(8)
+    assert eight.std() < 0.6 * one.std()
+    assert abs(eight.mean() - one.mean()) < 3 * (one.std() + eight.std()) / len(one) ** 0.5
+
+
 def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config, model, streams):
     put = toy.serializer(config)
     other = put(toy.conversation(7, upload=True))
@@ -222,6 +235,31 @@ def test_layers_written_out_give_what_layers_looped_over_give(config, model, str
     np.testing.assert_allclose(hidden(written_out, data), hidden(model, data), rtol=1e-5, atol=1e-5)
     looped, flat = (hidden.lower(m, data).as_text().count("stablehlo.while") for m in (model, written_out))
     assert flat < looped
+
+
+def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
+    config = toy.model_config(**toy.latent_section())
+    model = toy.model(config)
+    graphdef, params = nnx.split(model)
+    data = rows(config, [streams])
+
+    def loss(params):
+        return nnx.merge(graphdef, params).loss_sums(data, jax.random.key(1))[0]["image"]
+
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
+    for part in ("null_condition", "context_resampler", "unet", "unet_sync", "backbone", "tower"):
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient[part])), part
+        assert max(np.abs(g).max() for g in jax.tree.leaves(gradient[part])) > 0, part
+    # The decoder's targets are the autoencoder's latents, which must not move towards what is easy to draw.
+    assert not any(np.any(g) for g in jax.tree.leaves(gradient["autoencoder"]))
+
+    replier = Replier(config, nnx.to_pure_dict(params), toy.Words(), round_tokens=16)
+    drawn = []
+    for guidance in (1.0, 3.0):
+        settings = ReplySettings(mode="image", max_tokens=2, max_images=1, image_steps=3, guidance=guidance)
+        (image,) = replier.reply([ask(3)], settings, [5])[0].images.values()
+        drawn.append(image.array())
+    assert drawn[0].shape == (toy.SIDE, toy.SIDE, 3) and not np.array_equal(*drawn)
 
 
 # --- replies ----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Resamplers: the reference's numbers, what a mask hides, dropout by key, and the bypass."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,25 @@ def test_masked_tokens_do_not_matter():
     np.testing.assert_allclose(out[:1], _run(resampler, tokens[:1, :2])[0], atol=1e-5)
     moved = np.abs(out - _run(resampler, tokens.at[:, 1].set(9.0), mask)[0])
     assert (moved.max((1, 2)) > 1e-4).all()
+
+
+def test_queries_that_start_from_their_tokens():
+    config = replace(TINY, d_in=8, queries=3, dropout=0.0, from_tokens=True)
+    resampler = filled(lambda: build(config, rngs=nnx.Rngs(0)))
+    plain = filled(lambda: build(replace(config, from_tokens=False), rngs=nnx.Rngs(0)))
+    tokens = _tokens(d=8)
+    mask = jnp.arange(5) < jnp.array([[2], [5]])
+    out = _run(resampler, tokens, mask)[0]
+    assert out.shape == (2, 3, 8)
+    np.testing.assert_allclose(out, _run(resampler, tokens.at[0, 2:].set(9.0), mask)[0], atol=1e-6)
+    # The parameters are the same; a query without a token starts from its vector alone.
+    np.testing.assert_allclose(_run(resampler, jnp.zeros((2, 2, 8)))[0], _run(plain, jnp.zeros((2, 2, 8)))[0])
+    fresh = build(config, rngs=nnx.Rngs(0))
+    close = _run(fresh, tokens)[0]
+    start = fresh.norm(tokens[:, :3] + fresh.queries[...])
+    assert np.mean((close - start) ** 2) < 0.05 < np.mean((close - _run(plain, tokens)[0]) ** 2)
+    with pytest.raises(ConfigError, match="from_tokens"):
+        replace(TINY, from_tokens=True)
 
 
 def test_dropout_needs_a_key_and_follows_it():

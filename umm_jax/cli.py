@@ -380,8 +380,9 @@ def _demo(args) -> None:
     train = ["train", f"--config={args.config}"]
     if "autoencoder" in run.world:
         first = workdir / "autoencoder"
-        changes = {"train.objective": "autoencoder", "train.init_from": "", **run.world["autoencoder"]}
-        changed = [f"--config.{k}={_json(v)}" for k, v in changes.items()]
+        changed = ["--config.train.objective=autoencoder", "--config.train.init_from="]
+        for section, fields in run.world["autoencoder"].items():
+            changed += [f"--config.{section}.{k}={_json(v)}" for k, v in fields.items()]
         with cost.stage(workdir, "autoencoder"):
             _do(*train, f"--workdir={first}", *overrides, *changed)
         overrides.append(f"--config.train.init_from={first}")

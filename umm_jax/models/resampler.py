@@ -44,6 +44,8 @@ class ResamplerConfig:
         qk_norm: LayerNorm over the head width of queries and keys.
         dropout: rate on attention weights and on every residual branch, with a key only.
         query_std: deviation of the learned queries at the start.
+        from_tokens: query i starts from token i plus its learned vector, not from that vector alone, so that
+            the Q-Former begins near the identity. For small models; needs d_in = d_out.
     """
 
     kind: Literal["qformer", "none"] = "qformer"
@@ -58,12 +60,15 @@ class ResamplerConfig:
     dropout: float = 0.1
     eps: float = 1e-12
     query_std: float = 0.02
+    from_tokens: bool = False
 
     def __post_init__(self):
         if self.kind == "qformer" and self.d_out % self.heads:
             raise ConfigError(f"d_out {self.d_out} does not divide into {self.heads} heads")
         if self.kind == "qformer" and self.layers % self.cross_every:
             raise ConfigError(f"cross_every {self.cross_every} must divide the {self.layers} layers")
+        if self.from_tokens and self.d_in != self.d_out:
+            raise ConfigError(f"from_tokens needs d_in = d_out, got {self.d_in} and {self.d_out}")
 
 
 class Attention(nnx.Module):
@@ -155,10 +160,15 @@ class QFormer(nnx.Module):
         """Tokens [B, T, d_in], True in `mask` [B, T] where they count; dropout with a `key` only."""
         c = self.config
         first = None
-        x = self.norm(self.queries[...].astype(tokens.dtype))
+        x = jnp.broadcast_to(self.queries[...].astype(tokens.dtype), (len(tokens), c.queries, c.d_out))
+        if c.from_tokens:
+            start = tokens[:, : c.queries]
+            if mask is not None:
+                start = jnp.where(mask[:, : c.queries, None], start, 0)
+            x = x + jnp.pad(start, ((0, 0), (0, c.queries - start.shape[1]), (0, 0)))
         if key is not None:
             key, first = jax.random.split(key)
-        x = dropout(jnp.broadcast_to(x, (tokens.shape[0], *x.shape)), c.dropout, first)
+        x = dropout(self.norm(x), c.dropout, first)
         if mask is not None:
             mask = jnp.broadcast_to(mask.astype(bool)[:, None], (*x.shape[:2], tokens.shape[1]))
         keys = None if key is None else jax.random.split(key, c.layers // c.cross_every)

@@ -56,6 +56,8 @@ class ModelConfig:
         image_loss: weights of the image loss; None is uniform.
         max_drawn: the decoder is trained on at most this many images of a row, the last ones drawn; None runs
             it on all, the shown ones too, whose loss is then thrown away.
+        noise_draws: times and noises each drawn image is learned from in a step. Their mean is a steadier
+            gradient, at the cost of the decoder alone.
         visual_std, head_std: initial scale of the projection to visual tokens, and of the output head.
         loss_chunk: positions whose logits are held at a time; None holds all.
     """
@@ -76,6 +78,7 @@ class ModelConfig:
     uncond_prob: float = 0.1
     image_loss: ImageLossConfig | None = None
     max_drawn: int | None = None
+    noise_draws: int = 1
     visual_std: float = 1e-3
     head_std: float = 0.02
     loss_chunk: int | None = None
@@ -97,6 +100,8 @@ class ModelConfig:
             )
         if self.max_drawn is not None and self.max_drawn < 1:
             raise ConfigError(f"max_drawn must be positive, or null for all, it is {self.max_drawn}")
+        if self.noise_draws < 1:
+            raise ConfigError(f"noise_draws must be at least 1, it is {self.noise_draws}")
         sync = self.backbone.synchronizer
         if sync is not None and sync.d_query != self.backbone.width:
             raise ConfigError(f"backbone.synchronizer.d_query must be backbone.width ({self.backbone.width})")

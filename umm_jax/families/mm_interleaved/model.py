@@ -142,8 +142,9 @@ class MMInterleaved(nnx.Module):
     # --- drawing ----------------------------------------------------------------------------------
 
     def condition(self, hidden, soi, first):
-        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask."""
-        return self.context_resampler(*self.context(hidden, soi, first))
+        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask [B*I, S]."""
+        condition, mask = self.context_resampler(*self.context(hidden, soi, first))
+        return condition, jnp.ones(condition.shape[:2], bool) if mask is None else mask
 
     def predict(self, x, t, condition, mask, values, visible) -> jax.Array:
         """The UNet with the synchronizer: x [b, h, w, c], t [b]; `values` of :meth:`_sync_values`."""
@@ -256,18 +257,22 @@ class MMInterleaved(nnx.Module):
 
     def _image_loss(self, batch: Batch, drawn, hidden, maps, key, drop_key) -> jax.Array:
         encode_key, noise_key = jax.random.split(key)
-        condition, mask, values, visible = self._decoder_inputs(batch, drawn, hidden, maps)
+        pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
+        latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, encode_key))
+        inputs = self._decoder_inputs(batch, drawn, hidden, maps)
+        draws = self.config.noise_draws
+        again = lambda x: jnp.repeat(x, draws, axis=0)  # noqa: E731
+        given = (latents, self._image_weights(drawn), *inputs)
+        latents, weights, condition, mask, values, visible = jax.tree.map(again, given)
         if self.config.uncond_prob:
             drop = jax.random.bernoulli(drop_key, self.config.uncond_prob, (condition.shape[0],))
             null = self.null_condition[...].astype(condition.dtype)
             condition = jnp.where(drop[:, None, None], null, condition)
             mask = mask | drop[:, None]
-        pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
-        latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, encode_key))
         noised = self.schedule.noised(latents.astype(jnp.float32), noise_key)
         out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, visible)
-        error, _ = weighted_mse(out, noised.target, self._image_weights(drawn))
-        return jnp.sum(error)
+        error, _ = weighted_mse(out, noised.target, weights)
+        return jnp.sum(error) / draws
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
