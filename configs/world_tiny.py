@@ -105,8 +105,8 @@ def get_config() -> ConfigDict:
                 overrides=dict(
                     shuffled=False,
                     first_upload=0.6,
-                    picture_ops=dict(edit=0.76, draw=0.12, upload=0.12),
-                    questions=dict(describe=2.0, where=1.25, locate=1.25),
+                    picture_ops=dict(edit=0.78, draw=0.1, upload=0.12),
+                    questions=dict(describe=1.5, where=1.5, locate=1.5),
                     edits=dict(add=0.6, background=0.3),
                 ),
             ),
@@ -140,6 +140,6 @@ def get_config() -> ConfigDict:
                 eval_items=32,
             ),
             reply=dict(max_tokens=40, max_images=1, image_steps=8),
-            eval=dict(world="tiny", splits=["iid"], items=256, dialogues=160),
+            eval=dict(splits=["iid"], items=256, dialogues=160),
         )
     )

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,11 @@ from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
 from umm_jax.data.inspect import open_any, statistics
 from umm_jax.data.synthesis import synthesize
+from umm_jax.demo import demo
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.generate import chat
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def umm(capsys, *argv: str) -> tuple[int, str, str]:
@@ -167,6 +172,32 @@ def test_json_and_damaged_records_are_named(tmp_path):
         open_any(half)
 
 
+def test_the_readme_shows_what_the_demo_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    steps = []
+    demo("configs/world_tiny.py", "runs/demo", [], lambda words: steps.append(list(words)))
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    shown = [shlex.split(line)[1:] for line in readme.splitlines() if line.startswith("umm ")]
+    done = [sorted(word for word in step if not word.startswith("--workers")) for step in steps]
+    assert [sorted(words) for words in shown if words[0] != "chat"] == done
+
+
+def test_the_data_commands_take_their_world_from_a_config(tmp_path, capsys):
+    config = f"--config={ROOT / 'configs' / 'world_tiny.py'}"
+    cli.dispatch(
+        ["data", "synthesize", config, "--config.world.count=3", f"--out={tmp_path / 'd'}", "--shards=1"]
+    )
+    how = json.loads((tmp_path / "d" / "manifest.json").read_text())["how"]
+    assert how["count"] == 3 and how["how"]["world"]["first_upload"] == 0.6
+    cli.dispatch(["data", "tokenizer", config, f"--out={tmp_path / 't.model'}"])
+    assert 100 < int(capsys.readouterr().out.split(":")[-1].split()[0]) <= 704
+    with pytest.raises(ConfigError, match="--count=N"):
+        cli.dispatch(["data", "synthesize", f"--out={tmp_path / 'e'}"])
+    with pytest.raises(ConfigError, match="unknown key; did you mean 'count'"):
+        cli.dispatch(["data", "synthesize", config, "--config.world.cuont=3", f"--out={tmp_path / 'e'}"])
+
+
 # --- chat ---------------------------------------------------------------------------------------------
 
 
@@ -220,10 +251,10 @@ def test_a_chat_shows_pictures_to_the_model(talk):
 
 
 def test_seed_and_mode_reach_the_model(talk):
-    chat.run(talk.chat, ["hi", "/seed 7", "/mode image", "hi", "/new", "hi"])
+    chat.run(talk.chat, ["hi", "/seed 7", "/mode image", "hi", "/new", "hi", "/new", "/seed -20261122", "hi"])
     seeds = [seeds[0] for _, _, seeds in talk.chat.replier.seen]
-    assert len(set(seeds)) == 3
-    assert [s.mode for _, s, _ in talk.chat.replier.seen] == ["auto", "image", "image"]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**32 for seed in seeds), "any integer gives 32 bits"
+    assert [s.mode for _, s, _ in talk.chat.replier.seen] == ["auto", *["image"] * 3]
     again = chat.Chat(Echo(), ReplySettings(), talk.folder, seed=7, out=io.StringIO())
     chat.run(again, ["hi"])
     assert again.replier.seen[0][2][0] == seeds[2], "the same words and seed repeat"

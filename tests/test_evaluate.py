@@ -12,7 +12,7 @@ from umm_jax.config import EvalConfig, ReplySettings, RunConfig
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
 from umm_jax.errors import ConfigError
 from umm_jax.evaluate import report, runner
-from umm_jax.world import skills
+from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import WorldConfig
 from umm_jax.world.talk import world
@@ -21,7 +21,6 @@ WORLD = WorldConfig.preset("tiny")
 RUN = RunConfig(
     family="mm_interleaved",
     model={},
-    world={"preset": "tiny", "overrides": {}},
     eval=EvalConfig(splits=("iid",), items=14, dialogues=6, batch_size=4),
 )
 
@@ -133,7 +132,7 @@ def test_every_figure_stands_beside_its_oracles(folder):
     for name in report.HEADLINE:
         row = figures[name]
         assert row["value"] == 1.0 and row["oracles"], name
-        assert max(v for k, v in row["oracles"].items() if k not in report.IDEALS) < 1, name
+        assert max(v for k, v in row["oracles"].items() if k not in oracles.IDEALS) < 1, name
         assert row["n"] == (6 if name.startswith("dialogue") else 14)
     assert json.loads((folder.path / "eval" / "results.json").read_text()) == results
     assert "draw_scene_exact" in runner.summary(results)
@@ -164,8 +163,8 @@ def test_samples_show_failures_with_what_was_right(folder):
 def test_an_interrupted_evaluation_goes_on(folder, monkeypatch):
     add = runner.Store.add
 
-    def interrupted(self, split, skill, rows, samples):
-        add(self, split, skill, rows, samples)
+    def interrupted(self, split, skill, *found):
+        add(self, split, skill, *found)
         if skill == "edit":
             raise KeyboardInterrupt
 
@@ -183,6 +182,25 @@ def test_an_interrupted_evaluation_goes_on(folder, monkeypatch):
     assert runner.evaluate(folder.path) == results and len(folder.replier.calls) == calls
     folder.step = 60
     assert runner.evaluate(folder.path)["step"] == 60 and len(folder.replier.calls) > calls
+
+
+def test_other_splits_and_numbers_join_what_was_judged(folder):
+    iid = runner.evaluate(folder.path)["splits"]["iid"]
+    calls = len(folder.replier.calls)
+    results = runner.evaluate(folder.path, splits=["pair"], items=5)
+    assert results["splits"]["iid"] == iid and len(folder.replier.calls) > calls
+    assert results["splits"]["pair"]["edit_exact"]["n"] == 5
+    written = report.collect(folder.path)
+    assert written["skills_split"] == "iid" and set(written["splits"]) == {"iid", "pair"}
+
+    def samples():
+        return msgpack.unpackb((folder.path / "eval" / "samples.msgpack").read_bytes())
+
+    before = [s["id"] for s in samples()]
+    results = runner.evaluate(folder.path, items=3)
+    assert results["splits"]["iid"]["edit_exact"]["n"] == 3
+    after = [s["id"] for s in samples()]
+    assert len(after) == len(set(after)) < len(before)
 
 
 def test_in_training_figures():

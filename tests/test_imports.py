@@ -34,6 +34,7 @@ ROOMS = {
     "convert": BASE | {"sharding", "models", "families", "data", "train", "generate"},
     "serve": BASE | {"sharding", "models", "families", "data", "train", "generate", "router"},
 }
+ROOMS["demo"] = {"config", "evaluate"}
 ROOMS["cli"] = {*ROOMS} - {"__init__"}
 USES = ("generate", "router", "evaluate", "convert", "serve")
 

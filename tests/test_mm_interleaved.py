@@ -339,6 +339,15 @@ def test_a_reply_continues_a_conversation(replier):
     assert replier.reply([longer], ReplySettings(mode="text", max_tokens=3), [0])[0].turn.role == "assistant"
 
 
+def test_a_reply_looks_back_at_as_many_images_as_the_model_can(replier):
+    """Seven in the toy; padding, which rounds to four, must not make them eight."""
+    full = toy.conversation(6, 7).with_turn(Turn("user", (Text("what is it"),)))
+    assert len(full.images) == 7
+    assert replier.reply([full], ReplySettings(mode="text", max_tokens=2), [0])[0].turn.role == "assistant"
+    with pytest.raises(DataError, match="7 images shown and 1 to come: this model looks back at 7"):
+        replier.reply([full], ReplySettings(max_tokens=2), [0])
+
+
 @pytest.mark.parametrize("turns", [(), toy.conversation(0, 1).turns])
 def test_nothing_to_answer_is_an_error(replier, turns):
     images = toy.conversation(0, 1).images if turns else {}

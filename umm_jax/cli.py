@@ -19,6 +19,7 @@ from umm_jax.config import suggest
 from umm_jax.errors import ConfigError, StorageError, UserError
 
 DEMO_CONFIG = "configs/world_tiny.py"
+SEEDS = ("train.seed", "data.shuffle_seed")  # what `umm demo --seed` sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,26 +118,30 @@ def parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="write and look at conversations on disk")
     of_data = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    p = command(of_data, "synthesize", _synthesize, "Write conversations of the world as ArrayRecord shards.")
+
+    def of_the_world(name: str, run, text: str) -> argparse.ArgumentParser:
+        made = command(of_data, name, run, text, overridable=True)
+        made.add_argument("--config", help="take the world, and how much of it, from this config")
+        made.add_argument("--preset", help="world preset (default: tiny, or that of the config)")
+        made.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
+        )
+        return made
+
+    p = of_the_world("synthesize", _synthesize, "Write conversations of the world as ArrayRecord shards.")
     p.add_argument("--source", default="world", choices=["world"], help="what generates the conversations")
-    p.add_argument("--preset", default="tiny", help="world preset")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
-    )
-    p.add_argument("--count", type=_positive, required=True, help="number of conversations")
+    p.add_argument("--count", type=_positive, help="number of conversations (default: that of the config)")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--seed", type=int, default=0, help="another seed, other conversations")
+    p.add_argument("--seed", type=int, help="another seed, other conversations (default: 0, or the config's)")
     p.add_argument("--split", default="train", help="which scenes may appear")
     p.add_argument("--shards", type=_positive, default=4, help="number of files")
     p.add_argument("--workers", type=int, default=1, help="processes that generate")
 
-    p = command(of_data, "tokenizer", _tokenizer, "Train a tokenizer that knows every word of the world.")
-    p.add_argument("--preset", default="tiny", help="world preset")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
-    )
+    p = of_the_world("tokenizer", _tokenizer, "Train a tokenizer that knows every word of the world.")
     p.add_argument("--out", required=True, help="file to write, for example runs/demo/tokenizer.model")
-    p.add_argument("--vocab", type=_positive, default=1024, help="largest number of pieces")
+    p.add_argument(
+        "--vocab", type=_positive, help="largest number of pieces (default: 1024, or what the model can hold)"
+    )
 
     p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
     p.add_argument("path", help="a folder of shards, one of them, or a .json, .jsonl or .msgpack file")
@@ -200,12 +205,16 @@ def _positive(text: str) -> int:
 
 
 def _world(args):
-    """The WorldConfig of --preset and --set."""
+    """The RunConfig of --config, or None, and the WorldConfig of it, --preset and --set."""
     import json
 
+    from umm_jax import config
     from umm_jax.world.scene import WorldConfig
 
-    values = {}
+    run = config.load(args.config, args.overrides) if args.config else None
+    if args.overrides and not run:
+        raise ConfigError(f"{args.overrides[0]}: there is no config to override; add --config=FILE")
+    values = dict(run.world.overrides) if run and args.preset in (None, run.world.preset) else {}
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -214,7 +223,7 @@ def _world(args):
             values[key] = json.loads(value)
         except json.JSONDecodeError:
             values[key] = value
-    return WorldConfig.preset(args.preset, **values)
+    return run, WorldConfig.preset(args.preset or (run.world.preset if run else "tiny"), **values)
 
 
 def _synthesize(args) -> None:
@@ -225,13 +234,17 @@ def _synthesize(args) -> None:
     from umm_jax.config import to_dict
     from umm_jax.data.synthesis import synthesize
 
-    world = _world(args)
-    how = {"source": args.source, "world": to_dict(world), "seed": args.seed, "split": args.split}
-    make = functools.partial(_nth_dialogue, world, args.seed, args.split)
-    with tqdm(total=args.count, desc="synthesize", unit=" dialogues", disable=None) as bar:
+    run, world = _world(args)
+    count = args.count or (run and run.world.count)
+    if not count:
+        raise ConfigError("how many conversations? --count=N, or --config=FILE which says so")
+    seed = args.seed if args.seed is not None else run.train.seed if run else 0
+    how = {"source": args.source, "world": to_dict(world), "seed": seed, "split": args.split}
+    make = functools.partial(_nth_dialogue, world, seed, args.split)
+    with tqdm(total=count, desc="synthesize", unit=" dialogues", disable=None) as bar:
         source = synthesize(
             make,
-            args.count,
+            count,
             args.out,
             how=how,
             shards=args.shards,
@@ -250,14 +263,18 @@ def _nth_dialogue(world, seed: int, split: str, index: int):
 
 
 def _tokenizer(args) -> None:
+    from umm_jax import config, families
     from umm_jax.data.files import storage_errors
     from umm_jax.data.tokenizer import Tokenizer
     from umm_jax.world import corpus
 
-    world, out = _world(args), Path(args.out)
+    (run, world), out, vocab = _world(args), Path(args.out), args.vocab or 1024
+    if run and not args.vocab:
+        model = families.get(run.family).config.ModelConfig
+        vocab = config.from_dict(model, run.model, "config.model").vocab
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    made = Tokenizer.train(corpus.vocabulary_text(world), out, corpus.control_pieces(world), args.vocab)
+    made = Tokenizer.train(corpus.vocabulary_text(world), out, corpus.control_pieces(world), vocab)
     print(f"{out}: {made.size} pieces")
 
 
@@ -348,63 +365,13 @@ def _chat(args) -> None:
 
 
 def _demo(args) -> None:
-    from umm_jax import config
-    from umm_jax.evaluate import cost
+    from umm_jax.demo import demo
 
-    workdir = Path(args.workdir)
-    seeds = (
-        []
-        if args.seed is None
-        else [f"--config.{k}={args.seed}" for k in ("train.seed", "data.shuffle_seed")]
-    )
-    overrides = [*seeds, *args.overrides]
-    run = config.load(args.config, overrides)
-    if "count" not in run.world:
-        raise ConfigError(f"{args.config}: a demo needs a world section with preset, count and overrides")
-    world = [f"--preset={run.world.get('preset', 'tiny')}"]
-    world += [f"--set={k}={_json(v)}" for k, v in run.world.get("overrides", {}).items()]
-    data, tokenizer = workdir / "data", workdir / "tokenizer.model"
-    # No more pieces than the model has rows for.
-    vocab = run.model.get("backbone", {}).get("vocab", 1024)
-    overrides += [
-        f"--config.data.sources={_json([{'path': str(data)}])}",
-        f"--config.data.tokenizer={tokenizer}",
-    ]
-
-    # What is finished already is found finished by each command itself.
-    with cost.stage(workdir, "data"):
-        synthesize = ["data", "synthesize", "--source=world", *world, f"--count={run.world['count']}"]
-        _do(*synthesize, f"--seed={run.train.seed}", f"--out={data}", f"--workers={os.cpu_count() or 1}")
-        if not tokenizer.exists():
-            _do("data", "tokenizer", *world, f"--vocab={vocab}", f"--out={tokenizer}")
-    train = ["train", f"--config={args.config}"]
-    if "autoencoder" in run.world:
-        first = workdir / "autoencoder"
-        changed = ["--config.train.objective=autoencoder", "--config.train.init_from="]
-        for section, fields in run.world["autoencoder"].items():
-            changed += [f"--config.{section}.{k}={_json(v)}" for k, v in fields.items()]
-        with cost.stage(workdir, "autoencoder"):
-            _do(*train, f"--workdir={first}", *overrides, *changed)
-        overrides.append(f"--config.train.init_from={first}")
-    _do(*train, f"--workdir={workdir}", *overrides)
-    _do("eval", f"--run={workdir}")
-    _do("report", f"--run={workdir}")
+    seeds = [] if args.seed is None else [f"--config.{k}={args.seed}" for k in SEEDS]
+    demo(args.config, args.workdir, [*seeds, *args.overrides], dispatch)
     program = "umm" if shutil.which("umm") else os.path.relpath(sys.argv[0])
-    print(
-        f"\nlook at   {workdir / 'report.html'}\ntalk to   {program} chat --run={shlex.quote(str(workdir))}"
-    )
-
-
-def _do(*argv: str) -> None:
-    """Shows a command line and runs it, here in this process."""
-    print(f"\n$ umm {shlex.join(argv)}", flush=True)
-    dispatch(argv)
-
-
-def _json(value) -> str:
-    import json
-
-    return json.dumps(value)
+    folder = shlex.quote(str(args.workdir))
+    print(f"\nlook at   {Path(args.workdir) / 'report.html'}\ntalk to   {program} chat --run={folder}")
 
 
 def _version(args) -> None:

@@ -296,13 +296,11 @@ class EvalConfig:
     """The full evaluation after a run.
 
     Attributes:
-        world: preset of the world it is judged in.
         splits: the first is judged on `items` per skill and `dialogues` dialogues, the others on
             `other_items` of each.
         weights: "ema" needs train.ema.
     """
 
-    world: str = "tiny"
     splits: tuple[str, ...] = ("iid",)
     items: int = 256
     dialogues: int = 160
@@ -310,6 +308,27 @@ class EvalConfig:
     batch_size: int = 64
     weights: typing.Literal["ema", "raw"] = "raw"
     seed: int = 1_000_003
+
+
+@dataclass(frozen=True)
+class WorldSection:
+    """The visual-dialogue world a run learns from and is judged in.
+
+    Attributes:
+        preset, overrides: a named world and the values changed in it, see ``world.scene.WorldConfig.preset``.
+        count: dialogues to synthesize for training.
+        autoencoder: sections of the config as they differ in a first run that trains the autoencoder alone,
+            {section: {field: value}}; empty where there is no such run.
+    """
+
+    preset: str = "tiny"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    count: int = 18000
+    autoencoder: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ConfigError(f"config.world.count must be at least 1, it is {self.count}")
 
 
 @dataclass(frozen=True)
@@ -324,7 +343,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     reply: ReplySettings = ReplySettings()
     eval: EvalConfig = EvalConfig()
-    world: dict[str, Any] = field(default_factory=dict)
+    world: WorldSection = WorldSection()
 
 
 # --- files and overrides --------------------------------------------------------------------------
@@ -381,9 +400,11 @@ def _override(tree: dict, text: str) -> None:
             key = int(key)
         elif not isinstance(node, dict):
             raise ConfigError(f"{where}: there is nothing below {'.'.join(keys[:i])}")
-        elif key not in node and not (i == len(keys) - 1 and keys[0] in ("model", "world")):
-            # The family checks its own section: a key may be absent there because it has its default.
-            raise ConfigError(f"{where}: unknown key{suggest(key, list(node))}")
+        elif key not in node:
+            if keys[0] != "model" and keys[:2] not in (["world", "overrides"], ["world", "autoencoder"]):
+                raise ConfigError(f"{where}: unknown key{suggest(key, list(node))}")
+            # These are checked by whom they are for: a key may be absent because it has its default.
+            node[key] = {}
         if i == len(keys) - 1:
             node[key] = parsed
         else:

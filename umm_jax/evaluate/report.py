@@ -38,10 +38,6 @@ HEADLINE = {
     "dialogue_all_turns": "Whole dialogues, own pictures fed back",
 }
 
-# Oracles that see, draw and say everything rightly but lack one kind of memory. They tell how much of a skill
-# needs that memory, and may be near 1 where none is needed; every other oracle lacks the skill itself.
-IDEALS = ("recency", "no_history", "wrong_picture", "right_pictures_majority_answers")
-
 
 def write(run_dir: str | Path) -> dict[str, Path]:
     """Writes both reports; returns their paths by kind.
@@ -185,8 +181,8 @@ def page(report: Mapping[str, Any], samples: list[Mapping[str, Any]], name: str)
         + html.section(
             "What it learned",
             f"On {split} items it was not trained on. The thin bars are shortcuts, scored by the same judge "
-            "on the same items: a skill counts for what it has beyond them. Those called recency, no history "
-            "and wrong picture are perfect but for one kind of memory: what they miss needs it.",
+            "on the same items: a skill counts for what it has beyond them. Those called recency "
+            "and wrong picture err only in which picture or object is meant: the rest needs that memory.",
             html.grid(_skill(t, report["skills"][k]) for k, t in HEADLINE.items() if k in report["skills"]),
         )
         + html.section("How it learned", "Over optimizer steps.", html.grid(_curves(report["curves"])))

@@ -10,7 +10,6 @@ its item, the seed and the weights alone: not on the order of items, the batch, 
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,8 @@ from umm_jax import config as configs
 from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.data.files import storage_errors, write_atomic
-from umm_jax.evaluate.report import HEADLINE, IDEALS, say
-from umm_jax.generate import load_run
+from umm_jax.evaluate.report import HEADLINE, say
+from umm_jax.generate import load_run, seed_of
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import WorldConfig
@@ -54,17 +53,11 @@ class Outcome:
 
 
 def world_of(run: RunConfig) -> WorldConfig:
-    """The world a run is judged in: ``eval.world``, with the overrides of its data if they share it."""
-    same = run.world.get("preset") == run.eval.world
-    return WorldConfig.preset(run.eval.world, **(run.world.get("overrides", {}) if same else {}))
+    """The world a run learnt from and is judged in."""
+    return WorldConfig.preset(run.world.preset, **run.world.overrides)
 
 
 # --- asking -------------------------------------------------------------------------------------------
-
-
-def seed_of(base: int, item: str, turn: int) -> int:
-    """The seed of one reply, in 32 bits, from nothing but what is asked."""
-    return zlib.crc32(f"{base}:{item}:{turn}".encode())
 
 
 def ask(
@@ -128,7 +121,8 @@ def evaluate(
 
     Args:
         step: the newest checkpoint unless given.
-        splits, items, weights: instead of those of the run's config; `items` bounds dialogues too.
+        splits, items, weights: instead of those of the run's config; there are never more dialogues than
+            the config has.
         again: judge anew what was judged already.
 
     Returns:
@@ -145,13 +139,14 @@ def evaluate(
     splits = section.splits if splits is None else splits
 
     def count(split: str, name: str) -> int:
-        if split != section.splits[0]:
-            return section.other_items if items is None else min(items, section.other_items)
         full = section.dialogues if name == "dialogue" else section.items
-        return full if items is None else min(items, full) if name == "dialogue" else items
+        if split != section.splits[0]:
+            full = section.other_items
+        if items is None:
+            return full
+        return min(items, section.dialogues) if name == "dialogue" else items
 
-    plan = [(split, name) for split in splits for name in _skills_of(split)]
-    counts = {f"{split}/{name}": count(split, name) for split, name in plan}
+    plan = [(split, name, count(split, name)) for split in splits for name in _skills_of(split)]
     store = Store(
         Path(run_dir) / "eval",
         {
@@ -159,18 +154,16 @@ def evaluate(
             "weights": loaded.weights,
             "parameters": loaded.parameters,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "settings": configs.to_dict(
-                {"world": world, "reply": run.reply, "seed": section.seed, "counts": counts}
-            ),
+            "settings": configs.to_dict({"world": world, "reply": run.reply, "seed": section.seed}),
         },
         again,
     )
     judge = Judge(world)
-    for split, name in plan:
-        if store.has(split, name):
+    for split, name, number in plan:
+        if store.has(split, name, number):
             print(f"{split}/{name}: judged already")
             continue
-        todo = skills.items(world, name, split, counts[f"{split}/{name}"], section.seed)
+        todo = skills.items(world, name, split, number, section.seed)
         replies = sum(1 + len(item.user_turns) for item in todo)
         with tqdm(total=replies, desc=f"{split}/{name}", unit=" replies", disable=None) as bar:
             outcomes = ask(
@@ -183,7 +176,7 @@ def evaluate(
             )
         figures = judge_all(judge, outcomes)
         rows = _rows(figures, oracles.run(judge, name, todo, section.seed))
-        store.add(split, name, rows, _samples(judge, split, outcomes))
+        store.add(split, name, number, rows, _samples(judge, split, outcomes))
     return store.results
 
 
@@ -207,14 +200,18 @@ def _rows(figures: Report, by_oracle: Mapping[str, Report]) -> dict[str, dict[st
 
 
 class Store:
-    """The files of an evaluation; what was found of another step or with other settings is begun anew."""
+    """The files of an evaluation.
+
+    What was found of another step, weights, world, seed or way of replying is begun anew; what was found on
+    another number of items is replaced; figures of splits that are not asked for now stay.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], again: bool):
         self.folder = folder
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         # Through JSON, as what is compared with it went.
-        self.results = json.loads(json.dumps({**identity, "splits": {}, "done": []}))
+        self.results = json.loads(json.dumps({**identity, "splits": {}, "done": {}}))
         self.samples: list[dict[str, Any]] = []
         path = folder / "results.json"
         if not again and path.exists():
@@ -226,15 +223,20 @@ class Store:
             known = ("step", "weights", "settings")
             if all(stored.get(key) == self.results[key] for key in known):
                 self.results |= {"splits": stored["splits"], "done": stored["done"]}
-                self.samples = samples
+                # Samples are written first: those of a skill that is not done are of a run that died between.
+                self.samples = [s for s in samples if f"{s['split']}/{s['skill']}" in stored["done"]]
 
-    def has(self, split: str, skill: str) -> bool:
-        return f"{split}/{skill}" in self.results["done"]
+    def has(self, split: str, skill: str, count: int) -> bool:
+        """Whether this skill was judged on this many items."""
+        return self.results["done"].get(f"{split}/{skill}") == count
 
-    def add(self, split: str, skill: str, rows: Mapping[str, Any], samples: Iterable[dict]) -> None:
+    def add(
+        self, split: str, skill: str, count: int, rows: Mapping[str, Any], samples: Iterable[dict]
+    ) -> None:
         """Writes both files; the results last, since they say what is done."""
         self.results["splits"].setdefault(split, {}).update(rows)
-        self.results["done"].append(f"{split}/{skill}")
+        self.results["done"][f"{split}/{skill}"] = count
+        self.samples = [s for s in self.samples if (s["split"], s["skill"]) != (split, skill)]
         self.samples += samples
         write_atomic(self.folder / "samples.msgpack", msgpack.packb(self.samples))
         write_atomic(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
@@ -280,7 +282,7 @@ def summary(results: Mapping[str, Any]) -> str:
         lines.append(f"{split}, step {results['step']}")
         for name in (name for name in HEADLINE if name in figures):
             row = figures[name]
-            shortcuts = {k: v for k, v in row["oracles"].items() if k not in IDEALS}
+            shortcuts = {k: v for k, v in row["oracles"].items() if k not in oracles.IDEALS}
             best = max(shortcuts.items(), key=lambda kv: kv[1], default=None)
             beside = f"  strongest shortcut {best[1]:.3f} ({best[0]})" if best else ""
             lines.append(f"  {name:24} {row['value']:.3f}  n={row['n']:<4}{beside}")

@@ -1,5 +1,6 @@
 """From a run directory to replies: ``load("runs/demo").reply([conversation], settings, seeds)``."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,11 @@ from typing import Any
 from umm_jax import config as configs
 from umm_jax.config import RunConfig
 from umm_jax.errors import CheckpointError
+
+
+def seed_of(base: int, asked: str, turn: int) -> int:
+    """The seed of one reply, in 32 bits, from nothing but what is asked; `base` may be any integer."""
+    return zlib.crc32(f"{base}:{asked}:{turn}".encode())
 
 
 @dataclass(frozen=True)

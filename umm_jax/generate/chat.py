@@ -14,6 +14,7 @@ from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.data.inspect import preview
 from umm_jax.errors import ConfigError, DataError, UserError
+from umm_jax.generate import seed_of
 
 HELP = """\
   /image PATH    show the model a picture with your next message
@@ -76,7 +77,8 @@ class Chat:
         parts = (*(Image(ref) for ref in self.attached), Text(text))
         asked = self.conversation.with_turn(Turn("user", parts), self.attached)
         # Every turn of a chat has its own noise, yet the whole chat repeats under the same seed.
-        reply = self.replier.reply([asked], self.settings, [self.seed * 10_007 + len(asked.turns)])[0]
+        seed = seed_of(self.seed, "chat", len(asked.turns))
+        reply = self.replier.reply([asked], self.settings, [seed])[0]
         answered = asked.with_turn(reply.turn, reply.images)
         self.before.append((self.conversation, self.attached))
         self.conversation, self.attached = answered, {}

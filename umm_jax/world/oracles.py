@@ -32,6 +32,11 @@ from umm_jax.world.skills import Expected, Item
 from umm_jax.world.state import Count, Edit, Exists, Question, answer, apply
 from umm_jax.world.talk import region, world
 
+# Oracles that see, draw and say everything rightly and err only in which picture or object is meant. They
+# tell how much of a skill needs that memory, and may be near 1 where none is needed; every other oracle
+# lacks the skill itself.
+IDEALS = ("recency", "wrong_picture")
+
 VOTERS = 600  # items whose right answers make the majority
 _ASKING = ("vqa", "exists", "count", "describe", "locate", "dialogue")
 Guess = Scene | Sequence[Part]  # what a reply shows, or what it says

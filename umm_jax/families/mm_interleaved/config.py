@@ -116,6 +116,11 @@ class ModelConfig:
         return self.latent_shape[0]
 
     @property
+    def vocab(self) -> int:
+        """Rows of the embedding: the most pieces a tokenizer may have."""
+        return self.backbone.vocab
+
+    @property
     def soi_id(self) -> int:
         return self.layout.soi_id
 

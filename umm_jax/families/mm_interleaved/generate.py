@@ -53,7 +53,7 @@ class Memory(NamedTuple):
 
 @dataclass
 class Reply:
-    """An assistant turn, the images it brings, and why it ended: "end", "tokens" or "images"."""
+    """An assistant turn, the images it brings, and why it ended: "end" or "tokens"."""
 
     turn: Turn
     images: dict[str, ImageData] = field(default_factory=dict)
@@ -77,6 +77,8 @@ class Replier:
         self.round_tokens, self.round_images = round_tokens, round_images
         self.never = self.serializer.never_written(config.backbone.vocab)
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, Keys(0))))[0]
+        sync = config.backbone.synchronizer
+        self.most_images = None if sync is None else sync.max_images - 1
         self._read = jax.jit(self._read_prompt, static_argnames="capacity")
         self._write = jax.jit(self._write_text, static_argnames="limit")
         self._draw = jax.jit(self._draw_image, static_argnames=("steps", "guided"))
@@ -97,7 +99,8 @@ class Replier:
             seeds: one per conversation, for sampled text and image noise; 0, 1, ... by default.
 
         Raises:
-            DataError: a conversation is empty or ends with the assistant's turn.
+            DataError: a conversation is empty, ends with the assistant's turn, or holds more images than the
+                model can look back at.
         """
         for c in conversations:
             if not c.turns or c.turns[-1].role == "assistant":
@@ -177,8 +180,17 @@ class Replier:
         """Right-padded prompts, with room for the images to come."""
         most_tokens = max(len(s["tokens"]["ids"]) for s in streams)
         tokens = -(-most_tokens // self.round_tokens) * self.round_tokens
-        most_images = max(len(s["images"]["soi"]) for s in streams) + settings.max_images
-        images = -(-most_images // self.round_images) * self.round_images
+        shown = max(len(s["images"]["soi"]) for s in streams)
+        most_images = shown + (0 if settings.mode == "text" else settings.max_images)
+        images = -(-max(most_images, 1) // self.round_images) * self.round_images
+        if self.most_images is not None:
+            if most_images > self.most_images:
+                raise DataError(
+                    f"{shown} images shown and {most_images - shown} to come: this model looks back at "
+                    f"{self.most_images} at most (model.backbone.synchronizer.max_images); shorten the "
+                    "conversation, or ask for text alone (reply.mode=text)"
+                )
+            images = min(images, self.most_images)
         spec = self.serializer.spec
 
         def pad(arrays, length, feature: Feature):
