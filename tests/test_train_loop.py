@@ -98,11 +98,13 @@ def test_one_device_and_eight_give_equal_losses():
     assert one[-1] < one[0] - 0.5
 
 
-def test_accumulated_microbatches_are_the_big_batch():
+@pytest.mark.parametrize("objective", ["model", "autoencoder"])
+def test_accumulated_microbatches_are_the_big_batch(objective):
     # Adam divides by the gradient's size: eps keeps rounding of tiny gradients from being magnified.
     optim = {"eps": 1e-2}
-    whole, seen = run_steps(toy.run_config(optim=optim, train={"accumulate": 1}), 3)
-    parts, seen_parts = run_steps(toy.run_config(optim=optim, train={"accumulate": 4}), 3)
+    train = {"objective": objective}
+    whole, seen = run_steps(toy.run_config(optim=optim, train={"accumulate": 1, **train}), 3)
+    parts, seen_parts = run_steps(toy.run_config(optim=optim, train={"accumulate": 4, **train}), 3)
     for one, many in zip(seen, seen_parts):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
             np.testing.assert_allclose(a, b, rtol=2e-5)
@@ -288,6 +290,16 @@ def test_an_error_of_the_loader_passes_and_saves_are_completed(tmp_path):
         train(run, tmp_path, loader=Ends(8))
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == 3
     assert threading.active_count() <= threads + 4
+
+
+def test_a_first_attempt_that_failed_leaves_the_folder_free(tmp_path):
+    base = {"model": {"depth": 1}}
+    wrong = toy.run_config(**base, optim={"groups": [{"match": ["embed"]}]}, train={"steps": 1})
+    with pytest.raises(ConfigError, match="no group of optim.groups matches"):
+        train(wrong, tmp_path)
+    assert train(toy.run_config(**base, train={"steps": 1}), tmp_path)["step"] == 1
+    with pytest.raises(ConfigError, match="mount the bucket"):
+        train(wrong, "gs://bucket/run")
 
 
 def test_the_autoencoder_is_trained_alone_and_then_taken_over(tmp_path):

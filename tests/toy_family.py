@@ -80,11 +80,14 @@ class Model(nnx.Module):
             {"accuracy": (jnp.sum(hits), jnp.sum(weight))},
         )
 
-    def autoencoder_loss(self, batch, key):
-        del key
-        pixels = batch["images"]["pixels"]
-        error = jnp.mean((self.autoencoder(pixels) - pixels) ** 2)
-        return error, {"autoencoder/mse": (error, 1.0)}
+    def autoencoder_weights(self, batch):
+        return {"autoencoder": jnp.sum(batch["images"]["segment_ids"] > 0)}
+
+    def autoencoder_sums(self, batch, key):
+        pixels, real = batch["images"]["pixels"], batch["images"]["segment_ids"] > 0
+        error = jnp.mean((self.autoencoder(pixels) - pixels) ** 2, axis=(2, 3, 4))
+        total = jnp.sum(jnp.where(real, error, 0))
+        return {"autoencoder": total}, {"mse": (total, jnp.sum(real))}
 
 
 def build(cfg, rngs):

@@ -345,6 +345,12 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     world: WorldSection = WorldSection()
 
+    def __post_init__(self):
+        if self.eval.weights == "ema" and self.train.ema is None:
+            raise ConfigError(
+                "config.eval.weights=ema needs averages: set config.train.ema, for example to 0.999"
+            )
+
 
 # --- files and overrides --------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Both have the same face, so that an image decoder does not know which one it dra
 
     latents = autoencoder.encode(pixels, key)      # [B, h, w, 3] in [-1, 1] -> [B, h', w', c], scaled
     pixels = autoencoder.decode(latents)
-    loss, metrics = autoencoder.loss(pixels, key)
+    losses, parts = autoencoder.losses(pixels, key)  # [B] each
 
 Source: Rombach et al. 2022 (arXiv 2112.10752); sizes and scale in ``specs/mm_interleaved.md`` section 5.
 """
@@ -37,7 +37,7 @@ class AutoencoderConfig:
         scale, shift: latent = (posterior sample - shift) * scale, chosen so that latents have unit variance.
             A scale of None is Stable Diffusion's 0.18215 for ``kl`` and 1 for ``identity``.
         norm_groups: groups of every norm.
-        kl_weight: weight of the KL term (nats per image over the number of pixel values) in :meth:`loss`.
+        kl_weight: weight of the KL term (nats per image over the number of pixel values) in :meth:`losses`.
     """
 
     kind: Literal["kl", "identity"] = "kl"
@@ -99,7 +99,8 @@ class Posterior(NamedTuple):
 
     def kl(self) -> jax.Array:
         """KL divergence from the standard normal in nats, summed over each image: [B]."""
-        terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
+        mean, log_variance = self.mean.astype(jnp.float32), self.log_variance.astype(jnp.float32)
+        terms = mean**2 + jnp.exp(log_variance) - 1 - log_variance
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
@@ -220,28 +221,21 @@ class KLAutoencoder(nnx.Module):
     def _decode(self, latents: jax.Array) -> jax.Array:
         return self.decoder(latents if self.post_quant is None else self.post_quant(latents))
 
-    def loss(
-        self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-        """Mean absolute error plus ``kl_weight`` times KL per pixel value.
+    def losses(self, pixels: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean absolute error plus ``kl_weight`` times KL per pixel value, of each image.
 
         Args:
             pixels: [B, h, w, 3] in [-1, 1].
             key: for the posterior sample; None uses the mean.
-            weight: [B], 0 on padding; None counts every image.
 
         Returns:
-            the scalar loss, and (sum, weight) of ``l1`` and ``kl``.
+            the losses, and their parts ``l1`` and ``kl`` (nats per pixel value), float32 [B] each.
         """
         posterior = self.posterior(pixels)
         error = jnp.abs(self._decode(posterior.sample(key)) - pixels).astype(jnp.float32)
         l1 = jnp.mean(error, axis=(1, 2, 3))
         kl = posterior.kl().astype(jnp.float32) / pixels[0].size
-        weight = jnp.ones(l1.shape, jnp.float32) if weight is None else weight.astype(jnp.float32)
-        total = jnp.sum(weight)
-        sums = {"l1": jnp.sum(l1 * weight), "kl": jnp.sum(kl * weight)}
-        loss = (sums["l1"] + self.config.kl_weight * sums["kl"]) / jnp.maximum(total, 1e-6)
-        return loss, {name: (value, total) for name, value in sums.items()}
+        return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl}
 
 
 class IdentityAutoencoder(nnx.Module):
@@ -258,7 +252,7 @@ class IdentityAutoencoder(nnx.Module):
         """Latents [B, h, w, 3] -> pixels."""
         return latents / self.config.latent_scale + self.config.shift
 
-    def loss(self, pixels: jax.Array, key: jax.Array | None, weight: jax.Array | None = None):
+    def losses(self, pixels: jax.Array, key: jax.Array | None):
         """Raises ConfigError: there is nothing to train."""
         raise ConfigError(
             "the identity autoencoder has nothing to train; choose kind='kl' or train the model"

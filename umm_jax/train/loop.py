@@ -1,7 +1,6 @@
 """The life of a training run, from top to bottom in one function."""
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -25,7 +24,8 @@ from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress
 from umm_jax.train.optimizer import flatten, unflatten
 from umm_jax.train.step import make_step
 
-# What a run may change when it is continued: how long, how often, where; never what is computed.
+# What a run may change when it is continued: how long, how often, where; not what a step computes. (A longer
+# run has a longer schedule: its rate goes on from where the new one stands at this step.)
 CHANGEABLE = (
     "train.steps",
     "train.log_every",
@@ -34,6 +34,7 @@ CHANGEABLE = (
     "train.eval_every",
     "train.eval_items",
     "data.prefetch",
+    "data.workers",
     "mesh.",
     "eval.",
     "reply.",
@@ -65,14 +66,14 @@ def train(
             everything saved.
     """
     started = time.perf_counter()
-    workdir = Path(workdir)
+    workdir = _local(workdir, "--workdir")
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  The run directory: one config for all of its life                       │
     # └──────────────────────────────────────────────────────────────────────────┘
     family = family or families.get(run.family)
     model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
-    _claim(workdir, run)
+    _check_owner(workdir, run)
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  Devices                                                                 │
@@ -124,6 +125,8 @@ def train(
     compiled = step_function.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - now
     _say(f"compiled  in {compile_seconds:.1f} s; steps {first} to {run.train.steps}")
+    # Only now: what failed before this may be mended and begun again in the same folder.
+    _claim(workdir, run)
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  The loop. The host runs ahead of the device and reads numbers only when │
@@ -206,12 +209,17 @@ def train(
 # --- what the headings above need --------------------------------------------------------------------
 
 
-def _claim(workdir: Path, run: RunConfig) -> None:
-    """Writes config.json, after checking that the folder belongs to this run.
+def _local(path: str | Path, name: str) -> Path:
+    if "://" in str(path):
+        raise ConfigError(
+            f"{name}={path}: only local folders are written and read so far; mount the bucket (gcsfuse) and "
+            "give the path it is mounted at"
+        )
+    return Path(path)
 
-    Raises:
-        ConfigError: it holds a run of another config; names the fields.
-    """
+
+def _check_owner(workdir: Path, run: RunConfig) -> None:
+    """Raises ConfigError where the folder holds a run of another config; names the fields."""
     path = workdir / "config.json"
     if path.exists():
         found = configs.differences(configs.load(path), run)
@@ -221,14 +229,19 @@ def _claim(workdir: Path, run: RunConfig) -> None:
                 f"{workdir} holds a run of another config (there != here): {'; '.join(odd)}; "
                 "choose another workdir, or give the run its own config back"
             )
+
+
+def _claim(workdir: Path, run: RunConfig) -> None:
+    """Writes config.json: the folder is this run's from now on."""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "config.json"
         configs.save(run, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
 
 def _make_loader(run: RunConfig, workdir: Path, family: Any, model_config: Any) -> Any:
     """The run's loader; the tokenizer is copied beside the run, which owns it from then on."""
+    from umm_jax.data.files import write_atomic
     from umm_jax.data.pipeline import make_loader
     from umm_jax.data.tokenizer import Tokenizer
 
@@ -237,7 +250,8 @@ def _make_loader(run: RunConfig, workdir: Path, family: Any, model_config: Any) 
         if not source.is_file():
             raise ConfigError(f"data.tokenizer={run.data.tokenizer!r}: no such file")
         if jax.process_index() == 0:
-            shutil.copyfile(source, kept)
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, source.read_bytes())
     elif source.is_file() and source.read_bytes() != kept.read_bytes():
         raise ConfigError(f"{source} is not the tokenizer this run began with ({kept})")
     tokenizer = Tokenizer.load(kept if kept.exists() else source)
@@ -254,7 +268,7 @@ def _init_from(plan: states.Plan, run: RunConfig) -> states.TrainState:
 
     From a run that trained only an autoencoder, only the autoencoder is taken.
     """
-    source = Path(run.train.init_from)
+    source = _local(run.train.init_from, "train.init_from")
     other = configs.load(source / "config.json")
     wanted = flatten(plan.abstract["params"])
     if other.train.objective == "autoencoder":

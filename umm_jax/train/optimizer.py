@@ -227,7 +227,7 @@ class Optimizer:
         return Rule(f"group{index}_{kind}", group, tuple(paths), transform, frozenset(decayed))
 
     def describe(self, params: Tree) -> list[str]:
-        """One line for each rule: name, parameters, how many of them are decayed."""
+        """One line for each rule: name, parameters, how many are decayed; and what matches nothing."""
         flat = flatten(params)
         sizes = {path: math.prod(leaf.shape) for path, leaf in flat.items()}
         lines = [
@@ -239,7 +239,10 @@ class Optimizer:
             lines.append(
                 f"frozen: {len(self.frozen)} arrays, {sum(sizes[p] for p in self.frozen):,} parameters"
             )
-        return lines
+        # Not an error: a part may be switched off. But a misspelt word must not go unseen.
+        words = {word for group in self.config.groups for word in group.match}
+        lost = sorted(word for word in words if not any(word in path for path in flat))
+        return [*lines, *(f"nothing is called {word!r} (optim.groups)" for word in lost)]
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """(trainable, frozen) parts of a parameter tree."""

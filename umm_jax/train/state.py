@@ -115,8 +115,8 @@ def with_params(plan: Plan, run: RunConfig, params: Tree) -> TrainState:
 
 
 def eval_params(state: TrainState, weights: str = "raw") -> Tree:
-    """Parameters to reply with: "raw", or "ema" with averaged weights wherever there are any."""
-    if weights == "raw" or not state["ema"]:
+    """Parameters to reply with: "raw", or "ema": the averages, and what is frozen as it is."""
+    if weights == "raw":
         return state["params"]
     return unflatten({**flatten(state["params"]), **flatten(state["ema"])})
 

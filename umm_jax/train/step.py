@@ -84,10 +84,11 @@ def _model(plan: Plan, params: Tree, dtype) -> nnx.Module:
 
 
 def _weights(plan: Plan, run: RunConfig, params: Tree, batch: Any) -> dict[str, jax.Array]:
-    """Denominators of the loss parts over the whole batch; {} where the model divides by itself."""
+    """Denominators of the loss parts over the whole batch."""
+    model = _model(plan, params, jnp.float32)
     if run.train.objective == "autoencoder":
-        return {}
-    weights = _model(plan, params, jnp.float32).loss_weights(batch)
+        return {part: jnp.asarray(w, jnp.float32) for part, w in model.autoencoder_weights(batch).items()}
+    weights = model.loss_weights(batch)
     if set(weights) != set(run.train.loss):
         odd = sorted(set(weights) ^ set(run.train.loss))[0]
         raise ConfigError(
@@ -99,24 +100,20 @@ def _weights(plan: Plan, run: RunConfig, params: Tree, batch: Any) -> dict[str, 
 
 def _objective(plan: Plan, run: RunConfig) -> Callable:
     """f(trainable, frozen, rows, weights, key) -> (loss, {name: (sum, weight)}), additive over rows."""
-    coefficients, parts = run.train.loss, run.train.accumulate
+    parts, alone = run.train.accumulate, run.train.objective == "autoencoder"
     dtype = jnp.dtype(run.train.dtype)
 
-    def model_loss(trainable, frozen, rows, weights, key):
-        sums, extra = _model(plan, plan.optimizer.merge(trainable, frozen), dtype).loss_sums(rows, key)
+    def objective(trainable, frozen, rows, weights, key):
+        model = _model(plan, plan.optimizer.merge(trainable, frozen), dtype)
+        sums, extra = (model.autoencoder_sums if alone else model.loss_sums)(rows, key)
         sums = {part: jnp.asarray(value, jnp.float32) for part, value in sums.items()}
-        loss = sum(coefficients[part] * sums[part] / jnp.maximum(weights[part], 1e-6) for part in weights)
+        means = {part: sums[part] / jnp.maximum(weights[part], 1e-6) for part in weights}
+        loss = sum(value * (1.0 if alone else run.train.loss[part]) for part, value in means.items())
         # Each microbatch reports its share of the weights, so that the shares add up to the whole.
         metrics = {f"loss/{part}": (sums[part], weights[part] / parts) for part in weights}
         return loss, {**metrics, **_float32(extra)}
 
-    def autoencoder_loss(trainable, frozen, rows, weights, key):
-        # The autoencoder returns a mean; microbatches have equally many rows, so their mean is the step's.
-        model = _model(plan, plan.optimizer.merge(trainable, frozen), dtype)
-        loss, extra = model.autoencoder_loss(rows, key)
-        return jnp.asarray(loss, jnp.float32) / parts, _float32(extra)
-
-    return autoencoder_loss if run.train.objective == "autoencoder" else model_loss
+    return objective
 
 
 def _accumulate(differentiate, trainable, frozen, batch, weights, key, parts: int):

@@ -94,9 +94,10 @@ class MMInterleaved(nnx.Module):
     def look(self, pixels: jax.Array, key: jax.Array | None = None):
         """Images [B, I, h, w, 3] uint8 -> visual tokens [B, I, n, D] and maps [B, I, h_l, w_l, C] a level."""
         b, i = pixels.shape[:2]
+        tower_key, resampler_key = (None, None) if key is None else jax.random.split(key)
         x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
-        seen = self.tower(x.astype(self.dtype) / 255, key=key)
-        tokens, _ = self.visual_resampler(seen.tokens, None, key=key)
+        seen = self.tower(x.astype(self.dtype) / 255, key=tower_key)
+        tokens, _ = self.visual_resampler(seen.tokens, None, key=resampler_key)
         tokens = self.visual_proj(tokens)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
         return unfold(tokens), tuple(unfold(m) for m in seen.maps)
@@ -199,12 +200,18 @@ class MMInterleaved(nnx.Module):
         }
         return {"text": nll, "image": image}, metrics
 
-    def autoencoder_loss(self, batch: Batch, key: jax.Array):
-        """Reconstruction loss of the autoencoder over the batch's real images."""
+    def autoencoder_weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """As :meth:`loss_weights`, where the autoencoder alone is trained: the batch's real images."""
+        return {"autoencoder": jnp.sum(batch["images"]["segment_ids"] > 0)}
+
+    def autoencoder_sums(self, batch: Batch, key: jax.Array):
+        """As :meth:`loss_sums`, where the autoencoder alone is trained."""
         images = batch["images"]
-        pixels = images.get("target", images["pixels"])
-        real = (images["segment_ids"] > 0).reshape(-1).astype(jnp.float32)
-        return self.autoencoder.loss(_signed(_rows(pixels)), key, weight=real)
+        real = _rows(images["segment_ids"] > 0).astype(jnp.float32)
+        pixels = _signed(_rows(images.get("target", images["pixels"]))).astype(self.dtype)
+        losses, parts = self.autoencoder.losses(pixels, key)
+        metrics = {name: (jnp.sum(values * real), jnp.sum(real)) for name, values in parts.items()}
+        return {"autoencoder": jnp.sum(losses * real)}, metrics
 
     def _drawn(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The images the decoder is run on, K of each row: `index`, `soi`, `draw` and `before` [B, K], where
