@@ -78,6 +78,4 @@ def get_config() -> ConfigDict:
         )
     )
     config.train.steps = 2000
-    config.reply.image_steps = 20
-    config.reply.guidance = 1.5
     return config

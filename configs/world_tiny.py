@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
                 eval_every=750,
                 eval_items=32,
             ),
-            reply=dict(max_tokens=40, max_images=1, image_steps=8),
+            reply=dict(max_tokens=40, max_images=1),
             eval=dict(splits=["iid"], items=256, dialogues=160),
         )
     )

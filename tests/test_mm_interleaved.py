@@ -262,6 +262,26 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     assert drawn[0].shape == (toy.SIDE, toy.SIDE, 3) and not np.array_equal(*drawn)
 
 
+@pytest.mark.parametrize(
+    "section, field, value, said",
+    [
+        ("layout", "image_tokens", 9, "layout.image_tokens is 9, but tokens of an image: 4"),
+        ("visual_resampler", "d_in", 12, "without a resampler d_in = d_out"),
+        ("unet", "side", 12, "unet.side is 12, but the side of the latents: 8"),
+        ("unet", "context_width", 8, "context_resampler.d_out: 16"),
+        ("unet_sync", "sides", [4, 1], "sides of the tower's maps: "),
+        ("unet_sync", "d_maps", 12, "width of the tower's maps: 8"),
+        ("backbone", "width", 32, "context_resampler.d_in is 16, but backbone.width: 32"),
+        ("image_loss", "block", 3, "image_loss.block 3 must divide target_size 8"),
+        ("schedule", "guidance", 2.0, "uncond_prob > 0"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_named(section, field, value, said):
+    changed = toy.model_section()[section] | {field: value}
+    with pytest.raises(ConfigError, match=said):
+        toy.model_config(**{section: changed})
+
+
 # --- replies ----------------------------------------------------------------------------------------
 
 

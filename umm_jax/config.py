@@ -275,7 +275,7 @@ class ReplySettings:
         mode: "auto" lets the model choose, "text" forbids images, "image" draws first.
         max_tokens, max_images: bounds of one reply.
         temperature: 0 is greedy; top_p: nucleus mass.
-        image_steps: solver steps; guidance: 1 is none.
+        image_steps, guidance: solver steps, and guidance scale (1 is none); None is the model's schedule's.
     """
 
     mode: typing.Literal["auto", "text", "image"] = "auto"
@@ -283,12 +283,16 @@ class ReplySettings:
     max_images: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
-    image_steps: int = 8
-    guidance: float = 1.0
+    image_steps: int | None = None
+    guidance: float | None = None
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature must be >= 0 and top_p in (0, 1]")
+        if self.max_tokens < 1 or (self.image_steps is not None and self.image_steps < 1):
+            raise ConfigError("max_tokens and image_steps must be at least 1")
+        if self.max_images < (1 if self.mode == "image" else 0):
+            raise ConfigError(f"max_images={self.max_images} does not go with mode={self.mode!r}")
 
 
 @dataclass(frozen=True)

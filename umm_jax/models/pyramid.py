@@ -52,6 +52,16 @@ class PyramidConfig:
         """Side of each map, fine to coarse."""
         return tuple(self.image_size // self.patch // 2**level for level in range(len(self.widths)))
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image: the pixels of the coarsest map."""
+        return self.sides[-1] ** 2
+
+    @property
+    def width(self) -> int:
+        """Channels of the tokens."""
+        return self.widths[-1]
+
 
 class _Level(nnx.Module):
     def __init__(self, d_in: int, width: int, stride: int, kernels: tuple[int, ...], *, rngs: nnx.Rngs):

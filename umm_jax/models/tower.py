@@ -23,9 +23,10 @@ class TowerConfig:
     pyramid: PyramidConfig = PyramidConfig()
 
     @property
-    def image_size(self) -> int:
-        """Side of the input in pixels."""
-        return (self.clip_adapter if self.kind == "clip_adapter" else self.pyramid).image_size
+    def chosen(self) -> ClipAdapterConfig | PyramidConfig:
+        """The sizes that count. Both kinds tell what goes in and out: `image_size` (side in pixels), `tokens`
+        and their `width`, `sides` of the maps and their `map_width` (None: each level has its own)."""
+        return self.clip_adapter if self.kind == "clip_adapter" else self.pyramid
 
 
 def make_tower(config: TowerConfig, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -79,8 +79,18 @@ class ClipAdapterConfig:
         return 4 * g, 2 * g, g, g // 2
 
     @property
+    def tokens(self) -> int:
+        """Tokens of an image: the class token and the patches."""
+        return 1 + self.clip.grid**2
+
+    @property
     def width(self) -> int:
-        """Channels of the tokens and of every map."""
+        """Channels of the tokens."""
+        return self.clip.width
+
+    @property
+    def map_width(self) -> int:
+        """Channels of every map."""
         return self.clip.width
 
     @property

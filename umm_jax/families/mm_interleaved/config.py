@@ -84,27 +84,50 @@ class ModelConfig:
     loss_chunk: int | None = None
 
     def __post_init__(self):
-        if self.unet.side != self.latent_side:
-            raise ConfigError(
-                f"unet.side is {self.unet.side}, but images of {self.layout.target_size} px have latents "
-                f"of side {self.latent_side}"
+        tower, layout = self.tower.chosen, self.layout
+        self._same("unet.side", self.unet.side, "the side of the latents", self.latent_side)
+        for name in ("in_channels", "out_channels"):
+            self._same(
+                f"unet.{name}", getattr(self.unet, name), "channels of the latents", self.latent_shape[2]
             )
-        if self.unet.in_channels != self.latent_shape[2] or self.unet.out_channels != self.latent_shape[2]:
-            raise ConfigError(
-                f"unet in_channels and out_channels must be {self.latent_shape[2]}, as the latents"
+        self._same("layout.image_size", layout.image_size, "what the tower reads", tower.image_size)
+        # A slot without a token of its own would read the next image's.
+        slots = self.visual_resampler.count(tower.tokens)
+        self._same("layout.image_tokens", layout.image_tokens, "tokens of an image", slots)
+        self._same("visual_resampler.d_in", self.visual_resampler.d_in, "the tower's width", tower.width)
+        width = self.backbone.width
+        self._same("context_resampler.d_in", self.context_resampler.d_in, "backbone.width", width)
+        d_out = self.context_resampler.d_out
+        self._same("unet.context_width", self.unet.context_width, "context_resampler.d_out", d_out)
+        sync, decoder = self.backbone.synchronizer, self.unet_sync
+        if sync is not None:
+            self._same("backbone.synchronizer.d_query", sync.d_query, "backbone.width", width)
+            self._same("backbone.synchronizer.d_out", sync.d_out, "backbone.width", width)
+            self._same(
+                "backbone.synchronizer.d_maps", sync.d_maps, "width of the tower's maps", tower.map_width
             )
-        if self.tower.image_size != self.layout.image_size:
-            raise ConfigError(
-                f"the tower reads images of {self.tower.image_size} px, "
-                f"layout.image_size is {self.layout.image_size}"
+            if not set(sync.sides) <= set(tower.sides):
+                raise ConfigError(f"backbone.synchronizer.sides {sync.sides}: the maps have {tower.sides}")
+        if decoder is not None:
+            self._same("unet_sync.d_maps", decoder.d_maps, "width of the tower's maps", tower.map_width)
+            self._same(
+                "unet_sync.sides", tuple(decoder.sides), "sides of the tower's maps", tuple(tower.sides)
             )
+        if self.image_loss is not None and layout.target_size % self.image_loss.block:
+            raise ConfigError(
+                f"image_loss.block {self.image_loss.block} must divide target_size {layout.target_size}"
+            )
+        if self.schedule.guidance != 1 and not self.uncond_prob:
+            raise ConfigError("schedule.guidance needs images trained without condition: set uncond_prob > 0")
         if self.max_drawn is not None and self.max_drawn < 1:
             raise ConfigError(f"max_drawn must be positive, or null for all, it is {self.max_drawn}")
         if self.noise_draws < 1:
             raise ConfigError(f"noise_draws must be at least 1, it is {self.noise_draws}")
-        sync = self.backbone.synchronizer
-        if sync is not None and sync.d_query != self.backbone.width:
-            raise ConfigError(f"backbone.synchronizer.d_query must be backbone.width ({self.backbone.width})")
+
+    @staticmethod
+    def _same(name: str, value, what: str, other) -> None:
+        if value != other:
+            raise ConfigError(f"config.model: {name} is {value}, but {what}: {other}; they must be equal")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

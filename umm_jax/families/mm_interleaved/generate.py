@@ -16,7 +16,7 @@ from flax import nnx
 
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Turn
-from umm_jax.errors import DataError
+from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.model import MMInterleaved, build
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
@@ -101,11 +101,19 @@ class Replier:
         Raises:
             DataError: a conversation is empty, ends with the assistant's turn, or holds more images than the
                 model can look back at.
+            ConfigError: guidance of a model that was not trained for it.
         """
         for c in conversations:
             if not c.turns or c.turns[-1].role == "assistant":
                 raise DataError(f"record {c.id}: a reply needs a conversation that ends with a user turn")
         settings = settings or ReplySettings()
+        schedule = self.config.schedule
+        steps = schedule.sample_steps if settings.image_steps is None else settings.image_steps
+        guidance = schedule.guidance if settings.guidance is None else settings.guidance
+        if guidance != 1 and not self.config.uncond_prob:
+            raise ConfigError(
+                f"guidance {guidance:g}: this model never drew without its condition (uncond_prob 0); use 1"
+            )
         seeds = list(range(len(conversations))) if seeds is None else list(seeds)
         if not conversations:
             return []
@@ -152,9 +160,9 @@ class Replier:
                     self.params,
                     memory,
                     jax.vmap(jax.random.fold_in)(keys, jnp.asarray(1_000_000 + drawn)),
-                    jnp.float32(settings.guidance),
-                    steps=settings.image_steps,
-                    guided=settings.guidance != 1.0,
+                    jnp.float32(guidance),
+                    steps=steps,
+                    guided=guidance != 1,
                 )
             )
             side = self.serializer.layout.image_size
