@@ -26,7 +26,7 @@ ROOMS = {
     "models": {"errors", "config", "sharding"},
     "families": BASE | {"models", "sharding"},
     "world": {"errors", "config", "conversation"},
-    "data": BASE | {"families"},
+    "data": BASE,
     "train": BASE | {"sharding", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},
     "router": BASE | {"sharding", "models", "families", "data", "train", "generate"},
@@ -59,8 +59,6 @@ MESH_NAMES = (
     "set_mesh",
     "use_mesh",
 )
-# The one file of data/ that may touch JAX: it puts batches on the mesh.
-LAST_OF_THE_PIPELINE = "umm_jax.data.pipeline"
 # Kernel adapters that may reach into private JAX, each guarded and commented in its file.
 PRIVATE_JAX = ()
 
@@ -158,7 +156,7 @@ def pure_models(i: Import) -> str | None:
 def numpy_only(i: Import) -> str | None:
     plain = room(i.module) in ("data", "world", "conversation", "config", "stream", "errors")
     stream = room(i.module) == "families" and i.module.endswith((".stream", "families"))
-    if (plain or stream) and i.module != LAST_OF_THE_PIPELINE and starts(i.name, ACCELERATED):
+    if (plain or stream) and starts(i.name, ACCELERATED):
         return "numpy and bytes only here, no JAX"
     return None
 

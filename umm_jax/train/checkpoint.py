@@ -221,17 +221,27 @@ class Checkpoints:
         if step not in steps:
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
         if config is not None:
-            saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
             parts = ("family", "model")
             # Through JSON, as the saved one went: tuples are lists there.
             here = json.loads(json.dumps({k: config[k] for k in parts}))
-            saved = _with_defaults(saved)
+            saved = _with_defaults(self._config(step))
             found = configs.differences({k: saved[k] for k in parts}, here)
             if found:
                 raise CheckpointError(
                     f"{self.directory}: step {step} is of another model (saved != asked): {'; '.join(found)}"
                 )
         return step
+
+    def config(self, step: int | None = None) -> Mapping[str, Any]:
+        """The config saved with `step`, the newest unless given: see :func:`plain_config`.
+
+        Raises:
+            CheckpointError: no checkpoint.
+        """
+        return self._config(self._choose(step, None))
+
+    def _config(self, step: int) -> Mapping[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
 
     def _read(self, step: int, target: Tree, partial: bool) -> Tree:
         args = ocp.args.PyTreeRestore(
@@ -269,13 +279,14 @@ def load_params(
         CheckpointError: nothing saved yet.
     """
     run = configs.load(Path(workdir) / "config.json")
-    family = families.get(run.family)
-    model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    # The model is what was saved with it, complete: config.json leaves defaults out, and they may change.
+    saved = checkpoints.config(step)
+    family = families.get(saved["family"])
+    model_config = configs.from_dict(family.config.ModelConfig, saved["model"], "config.model")
     mesh = mesh or sharding.make_mesh(configs.MeshConfig(1, 1, 1), jax.devices()[:1])
     _, _, abstract = abstract_params(lambda rngs: family.model.build(model_config, rngs), mesh)
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    identity = plain_config(run, model_config)
-    return run, model_config, checkpoints.restore_params(abstract, identity, step, weights)
+    return run, model_config, checkpoints.restore_params(abstract, step=step, weights=weights)
 
 
 def plain_config(run: configs.RunConfig, model_config: Any) -> dict[str, Any]:
