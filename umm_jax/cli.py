@@ -233,13 +233,15 @@ def _synthesize(args) -> None:
 
     from umm_jax.config import to_dict
     from umm_jax.data.synthesis import synthesize
+    from umm_jax.world.dialogue import VERSION
 
     run, world = _world(args)
     count = args.count or (run and run.world.count)
     if not count:
         raise ConfigError("how many conversations? --count=N, or --config=FILE which says so")
     seed = args.seed if args.seed is not None else run.train.seed if run else 0
-    how = {"source": args.source, "world": to_dict(world), "seed": seed, "split": args.split}
+    how = {"source": args.source, "version": VERSION, "world": to_dict(world), "seed": seed}
+    how["split"] = args.split
     make = functools.partial(_nth_dialogue, world, seed, args.split)
     with tqdm(total=count, desc="synthesize", unit=" dialogues", disable=None) as bar:
         source = synthesize(

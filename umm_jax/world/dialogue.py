@@ -12,6 +12,10 @@ from umm_jax.world.splits import DISTANCES, get_split
 from umm_jax.world.state import Edit, Question, kinds_absent, reference
 from umm_jax.world.talk import STORIES, Exchange, Talk
 
+# Of what is generated from one configuration and seed. Raise it with every change of words, pictures or
+# choices, so that data on disk are not taken for what would be made now.
+VERSION = 1
+
 
 class Sampler(Chooser):
     """Samples exchanges and whole dialogues of one world."""

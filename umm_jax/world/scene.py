@@ -225,10 +225,11 @@ _KNOWN = {
     "edits": EDITS,
 }
 
+# By position and number: a shape or colour added later leaves the worlds that exist as they were.
 _TALKATIVE = {
-    "sizes": SIZES,
-    "shapes": SHAPES,
-    "colours": tuple(COLOURS),
+    "sizes": SIZES[:2],
+    "shapes": SHAPES[:6],
+    "colours": tuple(COLOURS)[:8],
     "held_out_pairs": (
         ("purple", "circle"),
         ("green", "triangle"),
@@ -269,8 +270,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "px": 64,
         "grid": 4,
-        "backgrounds": tuple(BACKGROUNDS),
-        "textures": TEXTURES,
+        "backgrounds": tuple(BACKGROUNDS)[:4],
+        "textures": TEXTURES[:2],
         "min_objects": 1,
         "max_objects": 8,
         "max_images": 8,
