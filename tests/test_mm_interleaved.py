@@ -266,7 +266,7 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     "section, field, value, said",
     [
         ("layout", "image_tokens", 9, "layout.image_tokens is 9, but tokens of an image: 4"),
-        ("visual_resampler", "d_in", 12, "without a resampler d_in = d_out"),
+        ("visual_resampler", "d_in", 12, "visual_resampler.d_in is 12, but the tower's width: 8"),
         ("unet", "side", 12, "unet.side is 12, but the side of the latents: 8"),
         ("unet", "context_width", 8, "context_resampler.d_out: 16"),
         ("unet_sync", "sides", [4, 1], "sides of the tower's maps: "),

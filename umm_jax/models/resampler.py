@@ -69,8 +69,6 @@ class ResamplerConfig:
             raise ConfigError(f"cross_every {self.cross_every} must divide the {self.layers} layers")
         if self.from_tokens and self.d_in != self.d_out:
             raise ConfigError(f"from_tokens needs d_in = d_out, got {self.d_in} and {self.d_out}")
-        if self.kind == "none" and self.d_in != self.d_out:
-            raise ConfigError(f"without a resampler d_in = d_out, got {self.d_in} and {self.d_out}")
 
     def count(self, tokens: int) -> int:
         """How many tokens come out when `tokens` go in."""
