@@ -3,9 +3,10 @@
     python benchmarks/training_loop.py --data=runs/demo/data --tokenizer=runs/demo/tokenizer.model
 
 Blocks of steps are taken in turn: through ``train.loop.train`` (reading, packing, transfer, logging and all),
-and by calling the same compiled program on one batch that is already on the device. Prints a JSON object:
-seconds per step of every block, their medians, the ratio of the medians, and the share of the loop's time
-spent waiting for input. Baseline of the ratio: the bare compiled step.
+and, where the loop would evaluate, by calling the same compiled program on one batch that is already on the
+device. Prints a JSON object: seconds per step of every block, the ratio of each loop block to the mean of the
+bare blocks before and after it, their median and quartiles, and the share of the loop's time spent waiting
+for input. Baseline of the ratio: the bare compiled step.
 """
 
 import argparse
@@ -22,13 +23,6 @@ from umm_jax.data.pipeline import make_loader
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.train import loop, state, step
 from umm_jax.train.metrics import read_metrics
-
-
-def looped(run, workdir: Path) -> tuple[list[float], list[float]]:
-    """Seconds per step and input wait of each block of `log_every` steps; the first block warms up."""
-    loop.train(run, workdir)
-    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][1:]
-    return [line["seconds_per_step"] for line in lines], [line["input_wait"] for line in lines]
 
 
 class Bare:
@@ -59,9 +53,8 @@ def main() -> None:
     parser.add_argument("--config", default="configs/world_tiny.py")
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--block", type=int, default=20, help="steps of a block")
-    parser.add_argument("--blocks", type=int, default=3, help="counted blocks of each kind in a round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--block", type=int, default=10, help="steps of a block")
+    parser.add_argument("--blocks", type=int, default=16, help="counted blocks of each kind")
     args = parser.parse_args()
     run = config.load(
         args.config,
@@ -70,25 +63,30 @@ def main() -> None:
             f"data.tokenizer={args.tokenizer}",
             f"train.steps={args.block * (args.blocks + 1)}",
             f"train.log_every={args.block}",
+            f"train.eval_every={args.block}",
             "train.save_every=1000000",
-            "train.eval_every=0",
         ],
     )
-    bare, whole, plain, waits = Bare(run), [], [], []
+    bare, plain = Bare(run), []
     bare.block(args.block)
-    for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            seconds, wait = looped(run, Path(folder))
-        whole, waits = whole + seconds, waits + wait
-        plain += [bare.block(args.block) for _ in range(args.blocks)]
-    medians = {"loop": statistics.median(whole), "bare": statistics.median(plain)}
+
+    def between(step, params):
+        plain.append(bare.block(args.block))
+        return {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        loop.train(run, folder, on_eval=between)
+        lines = [line for line in read_metrics(Path(folder) / "metrics.jsonl") if line["kind"] == "train"]
+    # The first block of the loop warms up; each other one stands between two bare ones.
+    whole = [line["seconds_per_step"] for line in lines[1:]]
+    ratios = [2 * w / (before + after) for w, before, after in zip(whole, plain, plain[1:])]
+    quartiles = statistics.quantiles(ratios, n=4)
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "loop_seconds_per_step": whole,
         "bare_seconds_per_step": plain,
-        "medians": medians,
-        "loop_over_bare": medians["loop"] / medians["bare"],
-        "input_wait_share": statistics.median(waits),
+        "loop_over_bare": {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]},
+        "input_wait_share": statistics.median(line["input_wait"] for line in lines[1:]),
     }
     print(json.dumps(found, indent=1))
 
