@@ -32,7 +32,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # fsdp first. With data first, XLA's partitioner silently gets gradients wrong (by up to 100 %) where a
     # matrix or kernel is split over fsdp along its input: it gathers the rows of the batch in one order and
-    # uses them in the other (JAX 0.10.2 to 0.12.0; tests/test_sharding.py has cases).
+    # uses them in the other (JAX 0.10.2 and 0.12.0; tests/test_sharding.py has cases).
     "batch": ("fsdp", "data"),
     "embed": ("fsdp",),
     "mlp": ("tensor",),

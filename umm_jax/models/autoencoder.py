@@ -234,7 +234,7 @@ class KLAutoencoder(nnx.Module):
         posterior = self.posterior(pixels)
         error = jnp.abs(self._decode(posterior.sample(key)) - pixels).astype(jnp.float32)
         l1 = jnp.mean(error, axis=(1, 2, 3))
-        kl = posterior.kl().astype(jnp.float32) / pixels[0].size
+        kl = posterior.kl() / pixels[0].size
         return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl}
 
 
