@@ -24,14 +24,15 @@ ROOMS = {
     "conversation": {"errors"},
     "sharding": {"errors", "config"},
     "models": {"errors", "config", "sharding"},
-    "families": BASE | {"models", "sharding"},
+    "weights": {"errors"},
+    "families": BASE | {"models", "sharding", "weights"},
     "world": {"errors", "config", "conversation"},
     "data": BASE,
     "train": BASE | {"sharding", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},
     "router": BASE | {"sharding", "models", "families", "data", "train", "generate"},
     "evaluate": BASE | {"sharding", "models", "families", "world", "data", "train", "generate", "router"},
-    "convert": BASE | {"sharding", "models", "families", "data", "train", "generate"},
+    "convert": BASE | {"sharding", "models", "weights", "families", "data", "train", "generate"},
     "serve": BASE | {"sharding", "models", "families", "data", "train", "generate", "router"},
 }
 ROOMS["demo"] = {"config", "evaluate"}
