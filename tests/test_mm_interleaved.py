@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from umm_jax import families
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, TaskCall, Text, Turn
 from umm_jax.data.packing import batch, pack_row
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.mm_interleaved.generate import Replier
+from umm_jax.families.mm_interleaved.stream import _most_images_of as most_images_of
 from umm_jax.families.mm_interleaved.stream import fit
 from umm_jax.models.losses import cross_entropy
 
@@ -133,8 +135,8 @@ def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model,
         return text / weights["text"] + image / weights["image"], weights
 
     def image_loss(model, data, hidden, maps):
-        drawn = model._drawn(data["images"])
-        inputs = model._decoder_inputs(data, drawn, hidden, maps)
+        drawn = model.drawn(data)
+        inputs = model.decoder_inputs(drawn, hidden, maps)
         target = drawn["target"]
         x0 = model.autoencoder.encode(target.reshape(-1, *target.shape[2:]) / 127.5 - 1)
         noised = model.schedule.at(x0, jnp.sin(1000 * x0), jnp.full(len(x0), 0.5))
@@ -161,9 +163,9 @@ def test_images_that_are_only_shown_need_no_decoder(config, streams):
 
     def inputs(most):
         model = toy.model(replace(config, max_drawn=most))
-        drawn = model._drawn(data["images"])
+        drawn = model.drawn(data)
         visual, maps = model.look(data["images"]["pixels"])
-        given = model._decoder_inputs(data, drawn, model.hidden(data, visual, maps), maps)
+        given = model.decoder_inputs(drawn, model.hidden(data, visual, maps), maps)
         return (model._image_weights(drawn), *given)
 
     every = inputs(None)
@@ -173,6 +175,95 @@ def test_images_that_are_only_shown_need_no_decoder(config, streams):
             np.testing.assert_allclose(few, all_[kept], atol=1e-6)
     lost = [i for i in range(len(every[0])) if i not in drawn_at]
     assert not np.asarray(every[0])[lost].any()
+
+
+def test_the_decoder_may_look_at_all_earlier_images_of_its_conversation(config, streams):
+    """With decoder_images="visible" a drawing depends on every earlier image of its conversation."""
+    put = toy.serializer(config)
+    data = rows(config, [[put(toy.conversation(3, 3)), streams[0]]], tokens=96)
+    images = data["images"]
+    assert np.asarray(images["segment_ids"])[0].tolist() == [1, 1, 1, 2, 2, 0]
+
+    def responds(kind):
+        """[I, I]: whether drawing image i changes with the maps of image j, all else being equal."""
+        model = toy.model(replace(config, decoder_images=kind))
+
+        @jax.jit
+        def predict(changed):
+            visual, maps = model.look(images["pixels"])
+            hidden = model.hidden(data, visual, maps)
+            # Turned upside down: scaling would be undone by the norm that the synchronizer begins with.
+            maps = tuple(
+                jnp.where((jnp.arange(6) == changed)[:, None, None, None], m[:, :, ::-1], m) for m in maps
+            )
+            inputs = model.decoder_inputs(model.drawn(data), hidden, maps)
+            x = jnp.ones((len(inputs[0]), toy.SIDE, toy.SIDE, 3))
+            return model.predict(x, jnp.full(len(x), 0.7), *inputs)
+
+        whole = predict(-1)
+        moved = [predict(j) for j in range(6)]
+        return np.array([[np.abs(m[i] - whole[i]).max() > 1e-6 for m in moved] for i in range(6)])
+
+    previous, visible = np.zeros((6, 6), bool), np.zeros((6, 6), bool)
+    previous[1, 0] = previous[2, 1] = previous[4, 3] = True
+    visible[1, 0] = visible[2, 0] = visible[2, 1] = visible[4, 3] = True
+    np.testing.assert_array_equal(responds("previous"), previous)
+    np.testing.assert_array_equal(responds("visible"), visible)
+
+
+def test_compat_release_reads_across_conversations_and_averages_over_all_images(config, streams):
+    release = replace(config, compat="release", image_loss=None)
+    ours, theirs = toy.model(replace(config, image_loss=None)), toy.model(release)
+    data = rows(config, [streams])
+    segments = np.asarray(data["tokens"]["segment_ids"])[0]
+
+    def states(model):
+        visual, maps = model.look(data["images"]["pixels"])
+        return np.asarray(model.hidden(data, visual, maps))[0]
+
+    np.testing.assert_allclose(states(ours)[segments == 1], states(theirs)[segments == 1], atol=1e-5)
+    assert np.abs(states(ours) - states(theirs))[segments == 2].max() > 1e-3
+    pixels = toy.SIDE**2
+    assert float(ours.loss_weights(data)["image"]) == pixels * float(data["images"]["draw"].sum())
+    assert float(theirs.loss_weights(data)["image"]) == pixels * int(
+        (data["images"]["segment_ids"] > 0).sum()
+    )
+
+
+def test_an_image_that_opens_a_document_is_no_target_under_compat_release(config):
+    release = replace(config, compat="release", image_loss=None)
+    stream = {
+        "tokens": dict(
+            ids=np.array([1, 7, 8, 8, 8, 8, 12, 7, 8, 8, 8, 8], np.int32),
+            weight=np.ones(12, np.float32),
+            image=np.array([-1, -1, 0, 0, 0, 0, -1, -1, 1, 1, 1, 1], np.int32),
+            slot=np.array([0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2, 3], np.int32),
+        ),
+        "images": dict(
+            pixels=np.zeros((2, toy.SIDE, toy.SIDE, 3), np.uint8),
+            soi=np.array([1, 7], np.int32),
+            draw=np.ones(2, np.float32),
+        ),
+    }
+    drawn = toy.model(release).drawn(rows(config, [[stream]], 16, 3))
+    assert np.asarray(drawn["draw"])[0].tolist() == [0.0, 1.0, 0.0]
+    assert np.asarray(toy.model(config).drawn(rows(config, [[stream]], 16, 3))["draw"])[0, 0] == 1.0
+
+
+def test_more_images_than_the_tables_hold_are_refused_by_record(config):
+    long = toy.conversation(0, exchanges=8)
+    with pytest.raises(DataError, match="record toy-0: 8 images, and this model looks back at 7 at most"):
+        toy.serializer(config)(long)
+    visible = replace(config, decoder_images="visible")
+    assert (config.most_images, visible.most_images) == (7, 4)
+    assert most_images_of(toy.model_section()) == 7
+    assert most_images_of(toy.model_section(decoder_images="visible")) == 4
+    release = families.get("mm_interleaved").config.ModelConfig()
+    assert most_images_of({}) == release.most_images == 49
+    assert (
+        most_images_of({"decoder_images": "visible"})
+        == replace(release, decoder_images="visible").most_images
+    )
 
 
 def test_more_noise_draws_are_a_steadier_estimate_of_the_same_loss(config, streams):
@@ -197,7 +288,7 @@ def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config
     def run(data):
         hidden, _ = text_loss(model, data)
         _, maps = model.look(data["images"]["pixels"])
-        inputs = model._decoder_inputs(data, model._drawn(data["images"]), hidden, maps)
+        inputs = model.decoder_inputs(model.drawn(data), hidden, maps)
         x = jnp.ones((len(inputs[0]), toy.SIDE, toy.SIDE, 3))
         return hidden, model.predict(x, jnp.full(len(x), 0.7), *inputs)
 
@@ -244,7 +335,8 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     data = rows(config, [streams])
 
     def loss(params):
-        return nnx.merge(graphdef, params).loss_sums(data, jax.random.key(1))[0]["image"]
+        # A key that leaves out the condition of some of the images, not of all.
+        return nnx.merge(graphdef, params).loss_sums(data, jax.random.key(2))[0]["image"]
 
     gradient = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
     for part in ("null_condition", "context_resampler", "unet", "unet_sync", "backbone", "tower"):

@@ -2,7 +2,7 @@
 
 Both have the same face, so that an image decoder does not know which one it draws for:
 
-    latents = autoencoder.encode(pixels, key)      # [B, h, w, 3] in [-1, 1] -> [B, h', w', c], scaled
+    latents = autoencoder.encode(pixels, noise)    # [B, h, w, 3] in [-1, 1] -> [B, h', w', c], scaled
     pixels = autoencoder.decode(latents)
     losses, parts = autoencoder.losses(pixels, key)  # [B] each
 
@@ -90,12 +90,11 @@ class Posterior(NamedTuple):
     mean: jax.Array
     log_variance: jax.Array
 
-    def sample(self, key: jax.Array | None) -> jax.Array:
-        """A draw, or the mean when `key` is None."""
-        if key is None:
+    def sample(self, noise: jax.Array | None) -> jax.Array:
+        """The draw that standard normal `noise` [B, h', w', c] makes, or the mean when it is None."""
+        if noise is None:
             return self.mean
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + jnp.exp(0.5 * self.log_variance) * noise
+        return self.mean + jnp.exp(0.5 * self.log_variance) * noise.astype(self.mean.dtype)
 
     def kl(self) -> jax.Array:
         """KL divergence from the standard normal in nats, summed over each image: [B]."""
@@ -207,12 +206,12 @@ class KLAutoencoder(nnx.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def encode(self, pixels: jax.Array, key: jax.Array | None) -> jax.Array:
+    def encode(self, pixels: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c].
 
-        They are a sample of the posterior, or its mean when `key` is None.
+        They are the sample of the posterior that `noise` makes, or its mean when it is None.
         """
-        return (self.posterior(pixels).sample(key) - self.config.shift) * self.config.latent_scale
+        return (self.posterior(pixels).sample(noise) - self.config.shift) * self.config.latent_scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped."""
@@ -232,7 +231,8 @@ class KLAutoencoder(nnx.Module):
             the losses, and their parts ``l1`` and ``kl`` (nats per pixel value), float32 [B] each.
         """
         posterior = self.posterior(pixels)
-        error = jnp.abs(self._decode(posterior.sample(key)) - pixels).astype(jnp.float32)
+        noise = None if key is None else jax.random.normal(key, posterior.mean.shape, posterior.mean.dtype)
+        error = jnp.abs(self._decode(posterior.sample(noise)) - pixels).astype(jnp.float32)
         l1 = jnp.mean(error, axis=(1, 2, 3))
         kl = posterior.kl() / pixels[0].size
         return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl}
@@ -244,8 +244,8 @@ class IdentityAutoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig):
         self.config = config
 
-    def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Pixels [B, h, w, 3] in [-1, 1] -> latents of the same shape."""
+    def encode(self, pixels: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Pixels [B, h, w, 3] in [-1, 1] -> latents of the same shape; there is nothing to draw."""
         return (pixels - self.config.shift) * self.config.latent_scale
 
     def decode(self, latents: jax.Array) -> jax.Array:

@@ -104,11 +104,14 @@ class Diffusion:
         self.steps, self.prediction, self.steps_offset = steps, prediction, steps_offset
         self.alphas = np.cumprod(1.0 - betas(kind, steps, start, end))  # a_t, [steps]
 
+    def draw_times(self, key: jax.Array, count: int) -> jax.Array:
+        """Training steps [count], uniform, int32."""
+        return jax.random.randint(key, (count,), 0, self.steps)
+
     def noised(self, x0: jax.Array, key: jax.Array) -> Noised:
         """Noise and a uniform step for each image of x0 [B, ...]."""
         key_t, key_noise = jax.random.split(key)
-        t = jax.random.randint(key_t, x0.shape[:1], 0, self.steps)
-        return self.at(x0, jax.random.normal(key_noise, x0.shape), t)
+        return self.at(x0, jax.random.normal(key_noise, x0.shape), self.draw_times(key_t, x0.shape[0]))
 
     def at(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> Noised:
         """The example with the given `noise` (shape of x0) and steps `t` [B]; computed in float32."""

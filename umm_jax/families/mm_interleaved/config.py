@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from umm_jax.errors import ConfigError
-from umm_jax.families.mm_interleaved.stream import LayoutConfig
+from umm_jax.families.mm_interleaved.stream import LayoutConfig, most_images
 from umm_jax.models.autoencoder import AutoencoderConfig
 from umm_jax.models.backbone import BackboneConfig
 from umm_jax.models.resampler import ResamplerConfig
@@ -52,6 +52,11 @@ class ModelConfig:
         unet, unet_sync: the image decoder and its synchronizer (None: it sees no earlier image).
         autoencoder, schedule: what the decoder's latents are, and how they are noised.
         added_tokens: ids at the end of the vocabulary with a trainable head of their own (spec section 4).
+        decoder_images: what the image decoder's synchronizer looks at: the "previous" image, as the release
+            does, or all "visible" earlier ones of the conversation, as the paper says.
+        compat: "release" reproduces what the released code does and we would not: attention and positions run
+            over a whole packed row, across conversations, and the image loss is a mean over all images of the
+            batch, those without context (bos and soi alone) as zeros.
         uncond_prob: share of images trained without their condition, for guidance.
         image_loss: weights of the image loss; None is uniform.
         max_drawn: the decoder is trained on at most this many images of a row, the last ones drawn; None runs
@@ -75,6 +80,8 @@ class ModelConfig:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     added_tokens: int = 2
+    decoder_images: Literal["previous", "visible"] = "previous"
+    compat: Literal["none", "release"] = "none"
     uncond_prob: float = 0.1
     image_loss: ImageLossConfig | None = None
     max_drawn: int | None = None
@@ -123,6 +130,10 @@ class ModelConfig:
             raise ConfigError(f"max_drawn must be positive, or null for all, it is {self.max_drawn}")
         if self.noise_draws < 1:
             raise ConfigError(f"noise_draws must be at least 1, it is {self.noise_draws}")
+        if self.compat == "release" and (self.max_drawn is not None or self.image_loss is not None):
+            raise ConfigError(
+                'compat="release" takes the mean over all images: leave out max_drawn and image_loss'
+            )
 
     @staticmethod
     def _same(name: str, value, what: str, other) -> None:
@@ -146,6 +157,13 @@ class ModelConfig:
     @property
     def soi_id(self) -> int:
         return self.layout.soi_id
+
+    @property
+    def most_images(self) -> int | None:
+        """The most images a conversation may hold, as the synchronizers' tables have it; None is no bound."""
+        sync, decoder = self.backbone.synchronizer, self.unet_sync
+        looks = self.decoder_images == "visible" and decoder is not None
+        return most_images(sync and sync.max_images, decoder.max_images if looks else None)
 
     @property
     def context_tokens(self) -> int:

@@ -77,8 +77,7 @@ class Replier:
         self.round_tokens, self.round_images = round_tokens, round_images
         self.never = self.serializer.never_written(config.backbone.vocab)
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, Keys(0))))[0]
-        sync = config.backbone.synchronizer
-        self.most_images = None if sync is None else sync.max_images - 1
+        self.most_images = config.most_images
         self._read = jax.jit(self._read_prompt, static_argnames="capacity")
         self._write = jax.jit(self._write_text, static_argnames="limit")
         self._draw = jax.jit(self._draw_image, static_argnames=("steps", "guided"))
@@ -195,7 +194,7 @@ class Replier:
             if most_images > self.most_images:
                 raise DataError(
                     f"{shown} images shown and {most_images - shown} to come: this model looks back at "
-                    f"{self.most_images} at most (model.backbone.synchronizer.max_images); shorten the "
+                    f"{self.most_images} at most (max_images of its synchronizers); shorten the "
                     "conversation, or ask for text alone (reply.mode=text)"
                 )
             images = min(images, self.most_images)
@@ -314,9 +313,10 @@ class Replier:
         rows = jnp.arange(memory.length.shape[0])
         soi = jnp.maximum(memory.length - 1, 0)[:, None]
         condition, mask = model.condition(memory.hidden, soi, jnp.zeros_like(soi))
-        previous = jnp.maximum(memory.count - 1, 0)
-        features = tuple(f[rows, previous][:, None] for f in memory.features)
-        visible = (memory.count > 0)[:, None]
+        back = jnp.arange(model.looks_back(memory.soi.shape[1] + 1), 0, -1)
+        earlier = memory.count[:, None] - back
+        features = tuple(f[rows[:, None], jnp.maximum(earlier, 0)] for f in memory.features)
+        visible = earlier >= 0
         return model.sample(
             condition, mask, features, visible, keys, guidance if guided else None, steps=steps
         )

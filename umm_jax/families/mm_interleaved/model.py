@@ -8,6 +8,8 @@
 Letters: B rows, T tokens, I images per row, n slots per image, D backbone width, S context length.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,7 @@ from umm_jax.families.mm_interleaved.config import ContextConfig, ModelConfig
 from umm_jax.models import layers as L
 from umm_jax.models.autoencoder import make_autoencoder
 from umm_jax.models.backbone import Backbone, Head
+from umm_jax.models.diffusion import Noised
 from umm_jax.models.image_loss import block_weights, pool_weights, weighted_mse
 from umm_jax.models.losses import cross_entropy, next_token_targets
 from umm_jax.models.positions import sincos_1d
@@ -27,6 +30,35 @@ from umm_jax.models.unet_sync import UNetSync
 from umm_jax.sharding import constrain
 
 Batch = dict[str, dict[str, jax.Array]]
+
+
+class Draws(NamedTuple):
+    """All that is random in the image loss, for b images learned from once.
+
+    Attributes:
+        posterior, noise: standard normal [b, h, w, c], of the autoencoder's sample and of the diffusion.
+        t: times [b]; drop: bool [b], True where the condition is left out.
+    """
+
+    posterior: jax.Array
+    noise: jax.Array
+    t: jax.Array
+    drop: jax.Array
+
+
+class Denoised(NamedTuple):
+    """What the image decoder was asked for b images, and what it said: see :meth:`MMInterleaved.denoise`.
+
+    Attributes:
+        noised: its input and target; prediction [b, h, w, c].
+        condition: [b, S, Dc] after dropping.
+        weights: of the latents' errors [b, h, w, 1].
+    """
+
+    noised: Noised
+    prediction: jax.Array
+    condition: jax.Array
+    weights: jax.Array
 
 
 class Context(nnx.Module):
@@ -92,11 +124,11 @@ class MMInterleaved(nnx.Module):
     # --- reading ----------------------------------------------------------------------------------
 
     def look(self, pixels: jax.Array, key: jax.Array | None = None):
-        """Images [B, I, h, w, 3] uint8 -> visual tokens [B, I, n, D] and maps [B, I, h_l, w_l, C] a level."""
+        """Images [B, I, h, w, 3], uint8 or in [0, 1] -> tokens [B, I, n, D] and maps [B, I, h_l, w_l, C]."""
         b, i = pixels.shape[:2]
         tower_key, resampler_key = (None, None) if key is None else jax.random.split(key)
         x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
-        seen = self.tower(x.astype(self.dtype) / 255, key=tower_key)
+        seen = self.tower(_unit(x, self.dtype), key=tower_key)
         tokens, _ = self.visual_resampler(seen.tokens, None, key=resampler_key)
         tokens = self.visual_proj(tokens)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
@@ -121,19 +153,30 @@ class MMInterleaved(nnx.Module):
 
     def hidden(self, batch: Batch, visual: jax.Array, maps: tuple[jax.Array, ...]) -> jax.Array:
         """Final hidden states [B, T, D] of packed rows: conversations do not see each other."""
+        x = constrain(self.embed_tokens(*self.token_inputs(batch), visual), "batch", None, None)
+        positions, mask, visible = self.sight(batch)
+        return self.backbone(x, positions, mask, features=self.backbone_maps(maps), visible=visible)[0]
+
+    @staticmethod
+    def token_inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Ids, image and slot of each token, [B, T] each."""
+        return tuple(batch["tokens"][name] for name in ("ids", "image", "slot"))
+
+    def sight(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Positions [B, T], and what each token reads: tokens [B, T, T] and images [B, T, I].
+
+        A token sees the images of its own conversation whose first slot is not after it.
+        """
         tokens, images = batch["tokens"], batch["images"]
         segments, columns = tokens["segment_ids"], jnp.arange(tokens["ids"].shape[1])
-        mask = (segments[:, :, None] == segments[:, None]) & (columns[None] <= columns[:, None])
+        causal = columns[None] <= columns[:, None]
         same = segments[:, :, None] == images["segment_ids"][:, None]
-        visible = (
-            same & (images["segment_ids"] > 0)[:, None] & (images["soi"][:, None] + 1 <= columns[:, None])
-        )
-        x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
-        x = constrain(x, "batch", None, None)
-        hidden, _ = self.backbone(
-            x, tokens["positions"], mask, features=self.backbone_maps(maps), visible=visible
-        )
-        return hidden
+        begun = images["soi"][:, None] + 1 <= columns[:, None]
+        visible = same & (images["segment_ids"] > 0)[:, None] & begun
+        if self.config.compat == "release":
+            positions = jnp.broadcast_to(columns, segments.shape)
+            return positions, causal & (segments > 0)[:, None], visible
+        return tokens["positions"], causal & (segments[:, :, None] == segments[:, None]), visible
 
     def backbone_maps(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The levels the backbone's synchronizer reads (the release leaves out the finest)."""
@@ -183,17 +226,19 @@ class MMInterleaved(nnx.Module):
     def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Denominators of the losses: they depend on the data alone."""
         _, weight = next_token_targets(batch["tokens"])
-        return {"text": jnp.sum(weight), "image": jnp.sum(self._image_weights(self._drawn(batch["images"])))}
+        return {"text": jnp.sum(weight), "image": self._image_count(batch)}
 
     def loss_sums(self, batch: Batch, key: jax.Array):
         """Numerators of the losses, and metrics as (sum, weight) pairs."""
-        look_key, image_key, drop_key = jax.random.split(key, 3)
+        look_key, image_key = jax.random.split(key)
         visual, maps = self.look(batch["images"]["pixels"], look_key)
         hidden = self.hidden(batch, visual, maps)
         targets, weight = next_token_targets(batch["tokens"])
         nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
-        drawn = self._drawn(batch["images"])
-        image = self._image_loss(batch, drawn, hidden, maps, image_key, drop_key)
+        drawn = self.drawn(batch)
+        told = self.denoise(drawn, hidden, maps, self.draw(drawn["draw"].size, image_key))
+        error, _ = weighted_mse(told.prediction, told.noised.target, told.weights)
+        image = jnp.sum(error) / self.config.noise_draws
         metrics = {
             "text_accuracy": (hits, jnp.sum(weight)),
             "images_per_row": (jnp.sum(drawn["draw"]), jnp.float32(len(weight))),
@@ -213,28 +258,90 @@ class MMInterleaved(nnx.Module):
         metrics = {name: (jnp.sum(values * real), jnp.sum(real)) for name, values in parts.items()}
         return {"autoencoder": jnp.sum(losses * real)}, metrics
 
-    def _drawn(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The images the decoder is run on, K of each row: `index`, `soi`, `draw` and `before` [B, K], where
-        `before` says that the image before it belongs to the same conversation; `target` [B, K, h, w, 3] and
-        `target_before`, uint8.
+    def drawn(self, batch: Batch) -> dict[str, jax.Array]:
+        """The images the decoder is run on, K of each row.
 
         With ``max_drawn``, the last K drawn ones: no work for images that are only shown.
+
+        Returns:
+            [B, K] each: `index` among the row's images; `soi` and `first`, columns of the soi and of the
+            conversation's first token; `draw`, its weight. `target` [B, K, h, w, 3]. Of the N earlier images
+            it may look at, oldest first, [B, K, N] each: `earlier`, their indices, and `seen`, bool;
+            `target_before`, as `target`, of the last of them.
         """
+        images, positions = batch["images"], batch["tokens"]["positions"]
         segments, pixels = images["segment_ids"], images.get("target", images["pixels"])
         count = segments.shape[1]
         keep = min(self.config.max_drawn or count, count)
         columns = jnp.arange(count)
         _, index = jax.lax.top_k((images["draw"] > 0) * (1 + columns), keep)
         index = jnp.sort(index, axis=1)
-        before = (segments > 0) & (segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+        soi, draw = _take(images["soi"], index), _take(images["draw"], index)
+        position = jnp.take_along_axis(positions, soi, axis=1)
+        if self.config.compat == "release":
+            draw = draw * (position > 1)
+        earlier = index[..., None] - jnp.arange(self.looks_back(count), 0, -1)
+        own = _take(segments, index)[..., None]
+        seen = (earlier >= 0) & (own > 0) & (_take(segments, earlier % count) == own)
         return {
             "index": index,
-            "soi": _take(images["soi"], index),
-            "draw": _take(images["draw"], index),
-            "before": _take(before, index),
+            "soi": soi,
+            "first": soi - position,
+            "draw": draw,
+            "earlier": earlier % count,
+            "seen": seen,
             "target": _take(pixels, index),
-            "target_before": _take(pixels, (index - 1) % count),
+            "target_before": _take(pixels, earlier[..., -1] % count),
         }
+
+    def looks_back(self, count: int) -> int:
+        """At how many earlier images the decoder looks, in a row of `count`."""
+        if self.config.decoder_images == "previous" or self.config.unet_sync is None:
+            return 1
+        return max(1, min(count, self.config.unet_sync.max_images) - 1)
+
+    def draw(self, count: int, key: jax.Array) -> Draws:
+        """Draws for `count` images, each learned from ``noise_draws`` times."""
+        posterior, times, noise, drop = jax.random.split(key, 4)
+        draws, shape = count * self.config.noise_draws, self.config.latent_shape
+        return Draws(
+            jax.random.normal(posterior, (count, *shape)),
+            jax.random.normal(noise, (draws, *shape)),
+            self.schedule.draw_times(times, draws),
+            jax.random.bernoulli(drop, self.config.uncond_prob, (draws,)),
+        )
+
+    def denoise(self, drawn: dict[str, jax.Array], hidden, maps, draws: Draws) -> Denoised:
+        """Runs the image decoder once on every image of :meth:`drawn`, noised as `draws` say.
+
+        Args:
+            hidden: final states [B, T, D]; maps: of the rows' images, [B, I, h, w, C] a level.
+        """
+        pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
+        latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, draws.posterior))
+        given = (latents, self._image_weights(drawn), *self.decoder_inputs(drawn, hidden, maps))
+        again = lambda x: jnp.repeat(x, self.config.noise_draws, axis=0)  # noqa: E731
+        latents, weights, condition, mask, values, seen = jax.tree.map(again, given)
+        if self.config.uncond_prob:
+            null = self.null_condition[...].astype(condition.dtype)
+            condition = jnp.where(draws.drop[:, None, None], null, condition)
+            mask = mask | draws.drop[:, None]
+        noised = self.schedule.at(latents.astype(jnp.float32), draws.noise, draws.t)
+        out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, seen)
+        return Denoised(noised, out, condition, weights)
+
+    def decoder_inputs(self, drawn: dict[str, jax.Array], hidden, maps):
+        """Condition, its mask, the synchronizer's values and what may be seen, for the B*K images."""
+        condition, mask = self.condition(hidden, drawn["soi"], drawn["first"])
+        return condition, mask, self._earlier_values(drawn["earlier"], maps), _rows(drawn["seen"])
+
+    def _earlier_values(self, earlier: jax.Array, maps) -> list[jax.Array] | None:
+        """What the decoder's synchronizer samples of the images `earlier` [B, K, N], for each of B*K."""
+        if earlier.shape[-1] == 1:
+            return self._sync_values(tuple(_rows(_take(m, earlier)) for m in maps))
+        # Many drawn images share what they see: projected once per image of the row, then handed out.
+        values = self._sync_values(maps)
+        return None if values is None else [_rows(_take(v, earlier)) for v in values]
 
     def _image_weights(self, drawn: dict[str, jax.Array]) -> jax.Array:
         """Weights of the latents' errors [B*K, h, w, 1]; zero for images that are not drawn."""
@@ -245,7 +352,7 @@ class MMInterleaved(nnx.Module):
             weights = block_weights(
                 target,
                 _signed(_rows(drawn["target_before"])),
-                _rows(drawn["before"]),
+                _rows(drawn["seen"][..., -1]),
                 block=c.image_loss.block,
                 detail=c.image_loss.detail,
                 change=c.image_loss.change,
@@ -253,38 +360,17 @@ class MMInterleaved(nnx.Module):
         weights = pool_weights(weights, c.latent_shape[:2])
         return weights * _rows(drawn["draw"])[:, None, None, None]
 
-    def _decoder_inputs(self, batch: Batch, drawn, hidden, maps):
-        """Condition, its mask, the synchronizer's values and what it may see, for each of the B*K images."""
-        soi = drawn["soi"]
-        first = soi - jnp.take_along_axis(batch["tokens"]["positions"], soi, axis=1)
-        condition, mask = self.condition(hidden, soi, first)
-        index = (drawn["index"] - 1) % maps[0].shape[1]
-        values = self._sync_values(tuple(_rows(_take(m, index))[:, None] for m in maps))
-        return condition, mask, values, _rows(drawn["before"])[:, None]
-
-    def _image_loss(self, batch: Batch, drawn, hidden, maps, key, drop_key) -> jax.Array:
-        encode_key, noise_key = jax.random.split(key)
-        pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
-        latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, encode_key))
-        inputs = self._decoder_inputs(batch, drawn, hidden, maps)
-        draws = self.config.noise_draws
-        again = lambda x: jnp.repeat(x, draws, axis=0)  # noqa: E731
-        given = (latents, self._image_weights(drawn), *inputs)
-        latents, weights, condition, mask, values, visible = jax.tree.map(again, given)
-        if self.config.uncond_prob:
-            drop = jax.random.bernoulli(drop_key, self.config.uncond_prob, (condition.shape[0],))
-            null = self.null_condition[...].astype(condition.dtype)
-            condition = jnp.where(drop[:, None, None], null, condition)
-            mask = mask | drop[:, None]
-        noised = self.schedule.noised(latents.astype(jnp.float32), noise_key)
-        out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, visible)
-        error, _ = weighted_mse(out, noised.target, weights)
-        return jnp.sum(error) / draws
+    def _image_count(self, batch: Batch) -> jax.Array:
+        """The sum of weights the image loss is divided by."""
+        if self.config.compat == "release":
+            side, other, _ = self.config.latent_shape
+            return side * other * jnp.sum(batch["images"]["segment_ids"] > 0).astype(jnp.float32)
+        return jnp.sum(self._image_weights(self.drawn(batch)))
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x [B, I, ...] at index [B, K] -> [B, K, ...]."""
-    return x[jnp.arange(len(x))[:, None], index]
+    """x [B, I, ...] at index [B, ...] -> [B, ..., ...]."""
+    return x[jnp.arange(len(x)).reshape(-1, *[1] * (index.ndim - 1)), index]
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -292,9 +378,16 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
+def _unit(pixels: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """uint8, or already in [0, 1], -> [0, 1]."""
+    whole = jnp.issubdtype(pixels.dtype, jnp.integer)
+    return pixels.astype(dtype) / 255 if whole else pixels.astype(dtype)
+
+
 def _signed(pixels: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1
+    """uint8, or already in [0, 1], -> float32 in [-1, 1]."""
+    whole = jnp.issubdtype(pixels.dtype, jnp.integer)
+    return pixels.astype(jnp.float32) / 127.5 - 1 if whole else 2 * pixels.astype(jnp.float32) - 1
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> MMInterleaved:

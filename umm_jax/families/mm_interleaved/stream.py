@@ -23,6 +23,9 @@ from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall,
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Feature, Stream, StreamSpec
 
+# Rows of the tables of relative image indices where a config does not say: the release's.
+BACKBONE_IMAGES, DECODER_IMAGES = 50, 10
+
 
 @dataclass(frozen=True)
 class LayoutConfig:
@@ -69,8 +72,9 @@ class Serializer:
     def __init__(self, model: Mapping[str, Any] | Any, tokenizer: Any):
         if isinstance(model, Mapping):
             self.layout = from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
+            self.most_images = _most_images_of(model)
         else:
-            self.layout = model.layout
+            self.layout, self.most_images = model.layout, model.most_images
         layout, self.tokenizer = self.layout, tokenizer
         self.bos = tokenizer.id("<s>")
         self.soi, self.slot = tokenizer.id(layout.soi), tokenizer.id(layout.image)
@@ -146,6 +150,12 @@ class Serializer:
             put([self.end], loss)
         if reply:
             put(self.prefix["assistant"], False)
+        if self.most_images is not None and len(pictures) > self.most_images:
+            raise DataError(
+                f"record {conversation.id}: {len(pictures)} images, and this model looks back at "
+                f"{self.most_images} at most (max_images of its synchronizers); shorten the conversation, or "
+                "train a model with larger tables"
+            )
         side = self.layout.image_size
         images = {
             "pixels": np.array([fit(p, side) for p in pictures], np.uint8).reshape(-1, side, side, 3),
@@ -237,6 +247,27 @@ class Serializer:
             return None
         x1, y1, x2, y2 = (self.locs.index(t) / self.layout.box_bins for t in ids[1:5])
         return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def most_images(backbone: int | None, decoder: int | None) -> int | None:
+    """The most images of a conversation for tables of so many relative indices; None: there is no bound.
+
+    In a language model the newest image sees itself, and index 0 stands for none; a decoder looks at the
+    earlier images only.
+    """
+    bounds = [] if backbone is None else [backbone - 1]
+    bounds += [] if decoder is None else [decoder]
+    return min(bounds, default=None)
+
+
+def _most_images_of(model: Mapping[str, Any]) -> int | None:
+    """:func:`most_images` of a raw `model` section, whose defaults are the release's."""
+    backbone, decoder = model.get("backbone", {}).get("synchronizer", {}), model.get("unet_sync", {})
+    looks = model.get("decoder_images") == "visible" and decoder is not None
+    return most_images(
+        None if backbone is None else backbone.get("max_images", BACKBONE_IMAGES),
+        decoder.get("max_images", DECODER_IMAGES) if looks else None,
+    )
 
 
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:
