@@ -14,7 +14,7 @@ from umm_jax.conversation import Box, Conversation, Image, ImageData, TaskCall, 
 from umm_jax.data.packing import batch, pack_row
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.mm_interleaved.generate import Replier
-from umm_jax.families.mm_interleaved.stream import fit
+from umm_jax.families.mm_interleaved.stream import control_pieces, fit
 from umm_jax.models.losses import cross_entropy
 
 
@@ -86,6 +86,13 @@ def test_boxes_are_written_and_read_back(config):
     assert put.parts(ids, "i0") == [Text("it"), box]
     broken = [*ids[:3], ids[2], *ids[3:]]
     assert not any(isinstance(p, Box) for p in put.parts(broken, "i0"))
+
+
+def test_the_stream_says_which_control_pieces_it_needs(config):
+    assert control_pieces(config) == toy.CONTROL
+    words = {"system": "", "user": "user: ", "assistant": "bot: "}
+    plain = {"layout": {"box_format": "text", "prefixes": words}}
+    assert control_pieces(plain) == ["<eot>", "<soi>", "<image>"]
 
 
 def test_what_the_family_cannot_say_is_refused_by_name(config):

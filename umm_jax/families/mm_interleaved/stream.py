@@ -57,6 +57,27 @@ class LayoutConfig:
             raise ConfigError("image_size, target_size, image_tokens and box_bins must be positive")
 
 
+def layout_of(model: Mapping[str, Any] | Any) -> LayoutConfig:
+    """The layout of a `model` section (a mapping, of which only `layout` is read) or of a ModelConfig."""
+    if isinstance(model, Mapping):
+        return from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
+    return model.layout
+
+
+def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
+    """What a tokenizer trained for this family holds beside words: pieces that are never part of a text."""
+    layout = layout_of(model)
+    pieces = [text for text in layout.prefixes.values() if _is_piece(text)]
+    pieces += [layout.turn_end, layout.soi, layout.image]
+    if layout.box_format == "loc":
+        pieces += ["<box>", "</box>", *(f"<loc{i}>" for i in range(layout.box_bins + 1))]
+    return list(dict.fromkeys(pieces))
+
+
+def _is_piece(text: str) -> bool:
+    return text.startswith("<") and text.endswith(">")
+
+
 class Serializer:
     """Conversation -> Stream, and reply tokens -> parts.
 
@@ -67,11 +88,8 @@ class Serializer:
     """
 
     def __init__(self, model: Mapping[str, Any] | Any, tokenizer: Any):
-        if isinstance(model, Mapping):
-            self.layout = from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
-        else:
-            self.layout = model.layout
-        layout, self.tokenizer = self.layout, tokenizer
+        layout = self.layout = layout_of(model)
+        self.tokenizer = tokenizer
         self.bos = tokenizer.id("<s>")
         self.soi, self.slot = tokenizer.id(layout.soi), tokenizer.id(layout.image)
         self.end = tokenizer.id(layout.turn_end)
@@ -103,7 +121,7 @@ class Serializer:
         )
 
     def _prefix(self, text: str) -> list[int]:
-        if text.startswith("<") and text.endswith(">"):
+        if _is_piece(text):
             return [self.tokenizer.id(text)]
         return self.tokenizer.encode(text)
 
