@@ -23,6 +23,7 @@ from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.evaluate.report import HEADLINE, say
+from umm_jax.families.contract import Replier
 from umm_jax.generate import load_run, seed_of
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
@@ -61,7 +62,7 @@ def world_of(run: RunConfig) -> WorldConfig:
 
 
 def ask(
-    replier: Any,
+    replier: Replier,
     items: Sequence[Item],
     settings: ReplySettings,
     *,
@@ -292,7 +293,7 @@ def summary(results: Mapping[str, Any]) -> str:
 # --- during training ----------------------------------------------------------------------------------
 
 
-def quick(replier: Any, run: RunConfig, items: int) -> dict[str, float]:
+def quick(replier: Replier, run: RunConfig, items: int) -> dict[str, float]:
     """Headline figures on a few unseen items of every skill but whole dialogues, and the F1 of drawings."""
     world = world_of(run)
     judge, found = Judge(world), {}

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import PIL.Image
@@ -14,6 +14,7 @@ from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.data.inspect import preview
 from umm_jax.errors import ConfigError, DataError, UserError
+from umm_jax.families.contract import Replier
 from umm_jax.generate import seed_of
 
 HELP = """\
@@ -45,7 +46,7 @@ class Chat:
 
     def __init__(
         self,
-        replier: Any,
+        replier: Replier,
         settings: ReplySettings,
         folder: Path,
         *,
