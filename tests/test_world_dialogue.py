@@ -170,7 +170,8 @@ def test_the_vocabulary_covers_every_dialogue(name):
     known = set(corpus.vocabulary(config))
     count = 80 if name == "tiny" else 15
     for split, i in itertools.product(("train", "pair", "length"), range(count)):
-        assert corpus.words_of(sampler(config).dialogue(2, i, split)) <= known
+        talk = sampler(config).dialogue(2, i, split)
+        assert {word for turn in talk.turns for word in say(turn).split()} <= known
     # Words would be read as control pieces, or be one, if the two could meet.
     assert not {word for word in known if word.startswith("<")}
 

@@ -18,7 +18,7 @@ from umm_jax.data.records import open_source
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import DataError
 
-__all__ = ["inspect", "open_any", "preview", "show", "statistics", "stats", "write_html"]
+__all__ = ["open_any", "preview", "show", "statistics", "stats", "write_html"]
 
 
 class _Shard(Sequence):
@@ -113,14 +113,6 @@ def _msgpack_records(path: Path) -> list[tuple[str, bytes]]:
             raise DataError(f"{path}, record {len(found)}: damaged or half-written ({reason})") from None
         found.append((f"record {len(found)}", data[start : unpacker.tell()]))
     return found
-
-
-def inspect(path: str | Path, limit: int = 3, *, colour: bool = False) -> str:
-    """The first `limit` conversations of whatever :func:`open_any` opens, as text for the terminal."""
-    source = open_any(path)
-    shown = min(limit, len(source))
-    parts = [f"{path}: {shown} of {len(source)} conversations"]
-    return "\n\n".join(parts + [show(source[index], colour=colour) for index in range(shown)])
 
 
 def show(conversation: Conversation, pictures: str | Path | None = None, *, colour: bool = False) -> str:

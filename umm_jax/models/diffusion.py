@@ -27,13 +27,11 @@ class Noised(NamedTuple):
         x_t: noisy input, the shape of x0.
         t: time of each image as the model gets it, [B]: steps (int32) of a diffusion, in [0, 1] of a flow.
         target: what the model should predict, float32, the shape of x0.
-        weight: factor on the loss of each image, [B].
     """
 
     x_t: jax.Array
     t: jax.Array
     target: jax.Array
-    weight: jax.Array
 
 
 def betas(kind: BetaKind, steps: int, start: float, end: float) -> np.ndarray:
@@ -116,7 +114,7 @@ class Diffusion:
         alpha = per_image(jnp.asarray(self.alphas, jnp.float32)[t], x0)
         signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
         target = {"epsilon": noise, "x0": x0, "velocity": signal * noise - sigma * x0}[self.prediction]
-        return Noised(signal * x0 + sigma * noise, t, target, jnp.ones(t.shape, jnp.float32))
+        return Noised(signal * x0 + sigma * noise, t, target)
 
     def timesteps(self, steps: int) -> np.ndarray:
         """Sampling steps, noisiest first: k (T // steps) + offset ("leading" spacing), int32 [steps]."""

@@ -67,7 +67,7 @@ class Flow:
         x0 = x0.astype(jnp.float32)
         at = per_image(t, x0)
         target = x0 if self.prediction == "x0" else noise - x0
-        return Noised((1 - at) * x0 + at * noise, t, target, jnp.ones(t.shape, jnp.float32))
+        return Noised((1 - at) * x0 + at * noise, t, target)
 
     def timesteps(self, steps: int) -> np.ndarray:
         """Times of the sampling grid from 1 to 0, both included: float32 [steps + 1]."""

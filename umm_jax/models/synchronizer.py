@@ -216,16 +216,14 @@ def softmax_plus_one(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, 
 class BackboneSync(nnx.Module):
     """In a language model: x + tanh(gate) * MMFS(RMS(x), RMS(maps)) (spec 3.1).
 
-    `gate_init` 0 is the release's: the layer starts as the identity.
+    The gate starts at 0, and the layer as the identity.
     """
 
-    def __init__(
-        self, config: SynchronizerConfig, *, gate_init: float = 0.0, eps: float = 1e-6, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: SynchronizerConfig, *, eps: float = 1e-6, rngs: nnx.Rngs):
         self.query_norm = RMSNorm(config.d_query, eps=eps, rngs=rngs)
         self.map_norm = RMSNorm(config.d_maps, eps=eps, rngs=rngs)
         self.core = Synchronizer(config, rngs=rngs)
-        self.gate = param(rngs, (1,), (None,), layers.constant(gate_init))
+        self.gate = param(rngs, (1,), (None,), layers.zeros)
 
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from umm_jax.world.grammar import DIRECTIONS, SMALLTALK, UNDO, WHICH
 from umm_jax.world.scene import CHANGES, Scene, WorldConfig
 from umm_jax.world.state import Count, Edit, Exists, Question
-from umm_jax.world.talk import STORIES, Talk, world
+from umm_jax.world.talk import STORIES, world
 
 
 def vocabulary_text(config: WorldConfig) -> Iterator[str]:
@@ -78,9 +78,3 @@ def _further_operations(config: WorldConfig, grammar, about) -> Iterator[str]:
 def vocabulary(config: WorldConfig) -> list[str]:
     """The words of :func:`vocabulary_text`, sorted."""
     return sorted({word for sentence in vocabulary_text(config) for word in sentence.split()})
-
-
-def words_of(talk: Talk) -> set[str]:
-    """The words a dialogue uses."""
-    texts = [part.text for turn in talk.turns for part in turn.parts if hasattr(part, "text")]
-    return {word for text in texts for word in text.split()}

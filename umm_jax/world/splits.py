@@ -45,7 +45,6 @@ SPLITS = {
     "distance": Split("iid", ("iid",), "5 to 8 exchanges between a picture and the turn that needs it"),
     "hard-distractor": Split("iid", ("iid",), "another picture or object gives another plausible answer"),
 }
-SCENE_SPLITS = ("iid", "pair", "position")
 DISTANCES = (5, 8)
 
 
