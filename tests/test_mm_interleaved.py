@@ -269,6 +269,20 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     assert drawn[0].shape == (toy.SIDE, toy.SIDE, 3) and not np.array_equal(*drawn)
 
 
+def test_the_context_resamplers_dropout_acts_in_training(streams):
+    data = rows(toy.model_config(), [streams])
+
+    def losses(rate):
+        resampler = toy.latent_section()["context_resampler"] | {"dropout": rate}
+        model = toy.model(toy.model_config(context_resampler=resampler))
+        return jax.jit(lambda key: model.loss_sums(data, key)[0])(jax.random.key(1))
+
+    without, dropped = losses(0.0), losses(0.5)
+    # Nothing else is drawn differently: the text, and the noise of tower and decoder, stay as they were.
+    assert without["text"] == dropped["text"]
+    assert abs(without["image"] - dropped["image"]) > 1e-3 * without["image"]
+
+
 @pytest.mark.parametrize(
     "section, field, value, said",
     [

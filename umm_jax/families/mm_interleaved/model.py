@@ -142,9 +142,12 @@ class MMInterleaved(nnx.Module):
 
     # --- drawing ----------------------------------------------------------------------------------
 
-    def condition(self, hidden, soi, first):
-        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask [B*I, S]."""
-        condition, mask = self.context_resampler(*self.context(hidden, soi, first))
+    def condition(self, hidden, soi, first, key: jax.Array | None = None):
+        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask [B*I, S].
+
+        With a `key`, the resampler's dropout acts.
+        """
+        condition, mask = self.context_resampler(*self.context(hidden, soi, first), key=key)
         return condition, jnp.ones(condition.shape[:2], bool) if mask is None else mask
 
     def predict(self, x, t, condition, mask, values, visible) -> jax.Array:
@@ -253,11 +256,11 @@ class MMInterleaved(nnx.Module):
         weights = pool_weights(weights, c.latent_shape[:2])
         return weights * _rows(drawn["draw"])[:, None, None, None]
 
-    def _decoder_inputs(self, batch: Batch, drawn, hidden, maps):
+    def _decoder_inputs(self, batch: Batch, drawn, hidden, maps, key=None):
         """Condition, its mask, the synchronizer's values and what it may see, for each of the B*K images."""
         soi = drawn["soi"]
         first = soi - jnp.take_along_axis(batch["tokens"]["positions"], soi, axis=1)
-        condition, mask = self.condition(hidden, soi, first)
+        condition, mask = self.condition(hidden, soi, first, key)
         index = (drawn["index"] - 1) % maps[0].shape[1]
         values = self._sync_values(tuple(_rows(_take(m, index))[:, None] for m in maps))
         return condition, mask, values, _rows(drawn["before"])[:, None]
@@ -266,7 +269,7 @@ class MMInterleaved(nnx.Module):
         encode_key, noise_key = jax.random.split(key)
         pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
         latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, encode_key))
-        inputs = self._decoder_inputs(batch, drawn, hidden, maps)
+        inputs = self._decoder_inputs(batch, drawn, hidden, maps, jax.random.fold_in(drop_key, 1))
         draws = self.config.noise_draws
         again = lambda x: jnp.repeat(x, draws, axis=0)  # noqa: E731
         given = (latents, self._image_weights(drawn), *inputs)
