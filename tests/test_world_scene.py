@@ -124,3 +124,15 @@ def test_a_world_without_rare_things_says_so():
     plain = WorldConfig.preset("tiny", held_out_pairs=[])
     with pytest.raises(ConfigError, match="holds out nothing for split 'pair'"):
         Holdout(plain).sample(random.Random(0), "pair")
+
+
+def test_a_world_that_holds_out_too_much_is_refused_rather_than_searched_for_ever():
+    everywhere = list(range(TINY.cells))
+    with pytest.raises(ConfigError, match="held_out_cells leave 1 cells to train on, .* min_objects = 2"):
+        WorldConfig.preset("tiny", held_out_cells=dict.fromkeys(TINY.shapes, everywhere[1:]))
+    # Every rare thing is in a held-out place too, so that no scene is of the one class alone.
+    overlap = {"held_out_pairs": [["red", "square"]], "held_out_cells": {"square": everywhere}}
+    holdout = Holdout(WorldConfig.preset("tiny", **overlap))
+    with pytest.raises(ConfigError, match="no scene of split 'pair'"):
+        holdout.sample(random.Random(0), "pair")
+    assert holdout.scene_class(holdout.sample(random.Random(0), "train")) == "train"
