@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.attention import MASKED, attend, merge_heads, split_heads
 from umm_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -112,7 +112,7 @@ def _attend_with_dropout(q, k, v, mask, rate, key):
     """:func:`attend` for equal head counts, with dropout on the weights."""
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, -1e30)
+        scores = jnp.where(mask[:, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
 
