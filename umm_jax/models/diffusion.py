@@ -3,7 +3,7 @@
 Time is a step t in 0..T-1; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, with a_t the product of
 1 - beta up to t.
 Source: Ho et al. 2020 (arXiv 2006.11239); the settings and the sampling grid of the released MM-Interleaved
-are in ``specs/mm_interleaved.md`` sections 5 and 9.
+are in ``docs/mm_interleaved.md`` sections 5 and 9.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 On flat pictures most pixels are background, and after an edit most blocks are copies; a plain mean error then
 rewards everything but the content. Weights per block of pixels restore the balance.
-Source: our world recipe, ``specs/world_recipe.md`` section 3: 1 + 4 on detail + 6 on change, block = cell.
+Source: ours. The worlds in ``configs/`` use 1 + 4 on detail + 6 on change, a block for each cell.
 """
 
 import jax

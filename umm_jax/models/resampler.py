@@ -5,8 +5,8 @@ One interface, two kinds, made by :func:`build`:
     resampler(tokens [B, T, d_in], mask bool [B, T] | None, key=None)
         -> tokens [B, Q, d_out], mask bool [B, Q] | None
 
-``qformer`` reads the tokens with a fixed number of learned queries (spec mm_interleaved 2.3: post-norm BERT
-blocks, cross-attention in every few layers). ``none`` hands the tokens on.
+``qformer`` reads the tokens with a fixed number of learned queries (post-norm BERT blocks,
+cross-attention in every few layers: docs/mm_interleaved.md 2.3). ``none`` hands the tokens on.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 A query reads a few learned points of every visible image at every level, weighted by a softmax that also
 has a "read nothing" choice. Source: MM-Interleaved (arXiv 2401.10208) section 3.2; the exact formulas are
-in spec mm_interleaved section 3. For query q, image n, head h, level l, point p:
+in docs/mm_interleaved.md section 3. For query q, image n, head h, level l, point p:
 
     r[n]             how many visible images back: 1 for the nearest, 0 for invisible ones
     z[n]             = W_query q + b + E[r[n]]
@@ -214,7 +214,7 @@ def softmax_plus_one(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, 
 
 
 class BackboneSync(nnx.Module):
-    """In a language model: x + tanh(gate) * MMFS(RMS(x), RMS(maps)) (spec 3.1).
+    """In a language model: x + tanh(gate) * MMFS(RMS(x), RMS(maps)) (section 3.1).
 
     The gate starts at 0, and the layer as the identity.
     """
@@ -236,7 +236,7 @@ class BackboneSync(nnx.Module):
 
 
 class DecoderSync(nnx.Module):
-    """In an image decoder: x + conv1x1(MMFS(LN(x) + position, LN(maps))) (spec 3.2).
+    """In an image decoder: x + conv1x1(MMFS(LN(x) + position, LN(maps))) (section 3.2).
 
     Every pixel of x is a query whose points lie around the same place of the earlier image.
 

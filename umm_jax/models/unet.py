@@ -5,8 +5,8 @@
 Every feature kept for the up path is a *skip*. Between the mid block and the up path the caller may change
 the skips and the mid map: this is where the feature synchronizer looks back at earlier images.
 
-Source: ``specs/mm_interleaved.md`` sections 3.2 and 5; the options for small models are those measured in
-``specs/world_recipe.md`` section 2, and are off by default.
+Source: Stable Diffusion (arXiv 2112.10752), as ``docs/mm_interleaved.md`` sections 3.2 and 5 describe it; the
+options for small models are ours, and off by default.
 """
 
 from collections.abc import Callable, Sequence

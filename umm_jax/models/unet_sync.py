@@ -1,7 +1,7 @@
 """The feature synchronizer of the image decoder: one block per skip and one for the mid map.
 
 Between the mid block and the way up, every kept feature looks into the maps of the image before (or of all
-visible ones): ``x <- x + conv(MMFS(LN(x) + position, LN(maps)))``. Source: spec mm_interleaved section 3.2.
+visible ones): ``x <- x + conv(MMFS(LN(x) + position, LN(maps)))``. Source: docs/mm_interleaved.md 3.2.
 """
 
 from collections.abc import Sequence

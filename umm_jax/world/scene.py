@@ -260,7 +260,7 @@ _TALKATIVE = {
     "gate": 0.05,
 }
 
-# "small" follows the proposal of the world recipe; "full" the benchmark preset of the evaluation spec.
+# "small" has more kinds of things and ways to talk than "tiny"; "full" textures and more backgrounds too.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": _TALKATIVE

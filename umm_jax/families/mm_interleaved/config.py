@@ -51,7 +51,7 @@ class ModelConfig:
         context, context_resampler: hidden states to the condition of the image decoder.
         unet, unet_sync: the image decoder and its synchronizer (None: it sees no earlier image).
         autoencoder, schedule: what the decoder's latents are, and how they are noised.
-        added_tokens: ids at the end of the vocabulary with a trainable head of their own (spec section 4).
+        added_tokens: ids at the end of the vocabulary with a trainable head of their own (docs section 4).
         uncond_prob: share of images trained without their condition, for guidance.
         image_loss: weights of the image loss; None is uniform.
         max_drawn: the decoder is trained on at most this many images of a row, the last ones drawn; None runs

@@ -1,4 +1,4 @@
-"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (spec section 9).
+"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (docs section 9).
 
 All rows of a batch move together through four compiled functions: read the prompt, write text until a
 stop, draw, read the drawn picture back. Nothing is recomputed: keys, values, hidden states and image

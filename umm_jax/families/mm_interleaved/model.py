@@ -1,4 +1,4 @@
-"""MM-Interleaved: a language model that reads images and conditions an image decoder (spec sections 0 to 6).
+"""MM-Interleaved: a language model that reads images and conditions an image decoder. docs/mm_interleaved.md
 
     pixels --tower--> maps, tokens --visual resampler--> visual tokens in the stream's image slots
     stream --backbone (with synchronizer into the maps)--> hidden states --head--> next token
@@ -172,7 +172,7 @@ class MMInterleaved(nnx.Module):
             x = x.astype(self.dtype)
             out = self.predict(x, t, condition, mask, values, visible)
             if guidance is not None:
-                # The synchronizer sees the same features in both branches (spec section 14, trap 18).
+                # The synchronizer sees the same features in both branches (section 9).
                 free = self.predict(x, t, null, jnp.ones_like(mask), values, visible)
                 out = guided(out, free, guidance)
             return out.astype(jnp.float32)

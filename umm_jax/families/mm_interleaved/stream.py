@@ -1,4 +1,4 @@
-"""How MM-Interleaved lays a conversation out as one stream (spec section 1). numpy only, no JAX.
+"""How MM-Interleaved lays a conversation out as one stream (docs/mm_interleaved.md 1). numpy only, no JAX.
 
 Each conversation is a causal sequence; every image, whoever shows it, takes one start-of-image token
 (soi) and `image_tokens` slots::
@@ -299,7 +299,7 @@ class Serializer:
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:
     """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3] -> [side, side, 3].
 
-    Halves by box filter while the short side is at least twice too long, then bicubic (spec section 8).
+    Halves by box filter while the short side is at least twice too long, then bicubic (docs section 8).
     """
     h, w = pixels.shape[:2]
     if (h, w) == (side, side):
