@@ -17,6 +17,7 @@ from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
 from umm_jax.data.inspect import open_any, statistics
 from umm_jax.data.synthesis import synthesize
+from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.demo import demo
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.generate import chat
@@ -192,6 +193,11 @@ def test_the_data_commands_take_their_world_from_a_config(tmp_path, capsys):
     assert how["count"] == 3 and how["how"]["world"]["first_upload"] == 0.6
     cli.dispatch(["data", "tokenizer", config, f"--out={tmp_path / 't.model'}"])
     assert 100 < int(capsys.readouterr().out.split(":")[-1].split()[0]) <= 704
+    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    assert [tokenizer.id(p) for p in ("<user>", "<bot>", "<eot>", "<soi>", "<image>")] == [4, 5, 6, 7, 8]
+    assert tokenizer.id("<loc24>") > 8
+    with pytest.raises(ConfigError, match="family 'mm' is unknown"):
+        cli.dispatch(["data", "tokenizer", "--family=mm", f"--out={tmp_path / 'u.model'}"])
     with pytest.raises(ConfigError, match="--count=N"):
         cli.dispatch(["data", "synthesize", f"--out={tmp_path / 'e'}"])
     with pytest.raises(ConfigError, match="unknown key; did you mean 'count'"):

@@ -13,10 +13,11 @@ from umm_jax import families
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, TaskCall, Text, Turn
 from umm_jax.data.packing import batch, pack_row
+from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.mm_interleaved.generate import Replier
+from umm_jax.families.mm_interleaved.stream import Serializer, control_pieces, fit
 from umm_jax.families.mm_interleaved.stream import _most_images_of as most_images_of
-from umm_jax.families.mm_interleaved.stream import fit
 from umm_jax.models.losses import cross_entropy
 
 
@@ -88,6 +89,40 @@ def test_boxes_are_written_and_read_back(config):
     assert put.parts(ids, "i0") == [Text("it"), box]
     broken = [*ids[:3], ids[2], *ids[3:]]
     assert not any(isinstance(p, Box) for p in put.parts(broken, "i0"))
+
+
+@pytest.mark.parametrize("tags", [[], ["<box>", "</box>"]], ids=["letters", "pieces"])
+def test_boxes_in_text_are_written_and_read_back(tmp_path, tags):
+    control = ["<user>", "<bot>", "<eot>", "<soi>", "<image>", *tags]
+    tokenizer = Tokenizer.train(["it is left of a red circle"], tmp_path / "t.model", control, 512)
+    layout = toy.model_section()["layout"] | {"box_format": "text"}
+    put = Serializer({"layout": layout}, tokenizer)
+    box = Box("i0", (0.057, 0.25, 0.4999, 1.0))
+    said = (Text("it is"), box, Text("left of a red circle"), box)
+    turns = (*toy.conversation(0, 1).turns, Turn("user", (Text("it"),)), Turn("assistant", said))
+
+    def answer(turns):
+        ids = put(Conversation("b", turns, toy.conversation(0, 1).images))["tokens"]["ids"].tolist()
+        start = len(ids) - ids[::-1].index(tokenizer.id("<bot>"))
+        return ids[start:-1]
+
+    ids = answer(turns)
+    assert ids.count(tokenizer.id("<box>") if tags else -1) == len(tags)
+    parts = put.parts(ids, "i0")
+    assert [p.kind for p in parts] == ["text", "box", "text", "box"]
+    assert (parts[0], parts[2]) == (said[0], said[2])
+    np.testing.assert_allclose(parts[1].xyxy, box.xyxy, atol=1e-3)
+    # Written again it is the same text; without an image to be about, or malformed, it stays text.
+    assert answer((*turns[:-1], Turn("assistant", tuple(parts)))) == ids
+    for other in (put.parts(ids, None), put.parts(ids[: len(ids) // 2 - 2], "i0")):
+        assert [p.kind for p in other] == ["text"] and "<box>(057,250)" in other[0].text
+
+
+def test_the_stream_says_which_control_pieces_it_needs(config):
+    assert control_pieces(config) == toy.CONTROL
+    words = {"system": "", "user": "user: ", "assistant": "bot: "}
+    plain = {"layout": {"box_format": "text", "prefixes": words}}
+    assert control_pieces(plain) == ["<eot>", "<soi>", "<image>"]
 
 
 def test_what_the_family_cannot_say_is_refused_by_name(config):
@@ -352,6 +387,20 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
         (image,) = replier.reply([ask(3)], settings, [5])[0].images.values()
         drawn.append(image.array())
     assert drawn[0].shape == (toy.SIDE, toy.SIDE, 3) and not np.array_equal(*drawn)
+
+
+def test_the_context_resamplers_dropout_acts_in_training(streams):
+    data = rows(toy.model_config(), [streams])
+
+    def losses(rate):
+        resampler = toy.latent_section()["context_resampler"] | {"dropout": rate}
+        model = toy.model(toy.model_config(context_resampler=resampler))
+        return jax.jit(lambda key: model.loss_sums(data, key)[0])(jax.random.key(1))
+
+    without, dropped = losses(0.0), losses(0.5)
+    # Nothing else is drawn differently: the text, and the noise of tower and decoder, stay as they were.
+    assert without["text"] == dropped["text"]
+    assert abs(without["image"] - dropped["image"]) > 1e-3 * without["image"]
 
 
 @pytest.mark.parametrize(

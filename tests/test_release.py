@@ -1,4 +1,4 @@
-"""The release, built abstractly at its real size, has the parts the spec counts."""
+"""The release, built abstractly at its real size, has the parts that docs/mm_interleaved.md counts."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def count(parameters, prefix=""):
 
 
 def test_the_parts_have_the_published_sizes(parameters):
-    """Counts of spec mm_interleaved section 11, without its tables and buffers."""
+    """Counts of docs/mm_interleaved.md section 10, without the release's fixed tables and buffers."""
     assert count(parameters, "unet/") == 865_910_724
     assert count(parameters, "autoencoder/") == 83_653_863
     llama = 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120

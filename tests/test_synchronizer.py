@@ -102,7 +102,8 @@ def test_the_release_starts_as_identity_and_a_small_model_alive():
         row, pixels = visible[:, 0], x[:, :4].reshape(2, 2, 2, 12)
         out = []
         for gate in (0.0, 0.3):
-            sync = BackboneSync(TINY, gate_init=gate, rngs=nnx.Rngs(0))
+            sync = BackboneSync(TINY, rngs=nnx.Rngs(0))
+            sync.gate.set_value(sync.gate[...] + gate)
             out.append(jnp.abs(sync(x, sync.project(maps), visible) - x).max())
             sync = DecoderSync(TINY, out_init=gate, rngs=nnx.Rngs(0))
             out.append(jnp.abs(sync(pixels, sync.project(maps), row) - pixels).max())
@@ -114,7 +115,7 @@ def test_the_release_starts_as_identity_and_a_small_model_alive():
 
 
 def test_every_parameter_learns():
-    sync = filled(lambda: BackboneSync(TINY, gate_init=0.3, rngs=nnx.Rngs(0)))
+    sync = filled(lambda: BackboneSync(TINY, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(sync)
 
     def loss(state):

@@ -214,25 +214,6 @@ def test_sync_sees_the_announced_shapes_and_its_result_is_used(options):
     np.testing.assert_allclose(jax.jit(unet)(*args), kept, rtol=1e-4, atol=1e-5)
 
 
-def test_injected_maps_reach_the_mid_block():
-    unet = tiny_unet()
-    shapes = unet.config.level_shapes()
-
-    @jax.jit
-    def mid_map(amount):
-        seen = []
-
-        def sync(skips, mid):
-            seen.append(mid)
-            return skips, mid
-
-        maps = [jnp.full((2, side, side, width), amount) for side, width in shapes]
-        unet(*inputs(), sync=sync, inject=maps)
-        return seen[0]
-
-    assert float(jnp.max(jnp.abs(mid_map(0.0) - mid_map(1.0)))) > 1e-3
-
-
 def test_masked_context_has_no_effect():
     predict = jax.jit(tiny_unet())
     x, t, context = inputs()

@@ -94,7 +94,7 @@ def test_images_of_another_size():
 
 
 def test_release_sizes_are_the_published_ones():
-    """Abstract shapes only: 326 M parameters of the encoder and 1 M of the token head (spec section 11)."""
+    """Abstract shapes only: 326 M parameters of the encoder and 1 M of the token head (section 10)."""
     tower = nnx.eval_shape(lambda: ClipAdapter(ClipAdapterConfig(), rngs=nnx.Rngs(0)))
     counts = {"encoder": 0, "head": 0}
     for path, v in nnx.to_flat_state(nnx.split(tower)[1]):

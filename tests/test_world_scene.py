@@ -10,7 +10,7 @@ from umm_jax.config import from_dict, to_dict
 from umm_jax.errors import ConfigError
 from umm_jax.world.render import Renderer
 from umm_jax.world.scene import BACKGROUNDS, COLOURS, PRESETS, Object, Scene, WorldConfig
-from umm_jax.world.splits import SCENE_SPLITS, SPLITS, Holdout
+from umm_jax.world.splits import SPLITS, Holdout
 
 TINY = WorldConfig.preset("tiny")
 
@@ -99,8 +99,8 @@ def test_every_scene_has_one_class_that_depends_on_content_alone():
     # Published digests: changing how they are made would let test scenes into old training data.
     assert scene(c0=("red", "circle"), c4=("blue", "cross")).digest() == 2468744293
     rng = random.Random(0)
-    classes = [holdout.scene_class(holdout.sample(rng, split)) for split in SCENE_SPLITS for _ in range(20)]
-    assert classes == ["iid"] * 20 + ["pair"] * 20 + ["position"] * 20
+    wanted = ["train"] * 20 + ["iid"] * 20 + ["pair"] * 20 + ["position"] * 20
+    assert [holdout.scene_class(holdout.sample(rng, split)) for split in wanted] == wanted
 
 
 def test_about_one_scene_in_eight_is_held_out():
@@ -124,3 +124,15 @@ def test_a_world_without_rare_things_says_so():
     plain = WorldConfig.preset("tiny", held_out_pairs=[])
     with pytest.raises(ConfigError, match="holds out nothing for split 'pair'"):
         Holdout(plain).sample(random.Random(0), "pair")
+
+
+def test_a_world_that_holds_out_too_much_is_refused_rather_than_searched_for_ever():
+    everywhere = list(range(TINY.cells))
+    with pytest.raises(ConfigError, match="held_out_cells leave 1 cells to train on, .* min_objects = 2"):
+        WorldConfig.preset("tiny", held_out_cells=dict.fromkeys(TINY.shapes, everywhere[1:]))
+    # Every rare thing is in a held-out place too, so that no scene is of the one class alone.
+    overlap = {"held_out_pairs": [["red", "square"]], "held_out_cells": {"square": everywhere}}
+    holdout = Holdout(WorldConfig.preset("tiny", **overlap))
+    with pytest.raises(ConfigError, match="no scene of split 'pair'"):
+        holdout.sample(random.Random(0), "pair")
+    assert holdout.scene_class(holdout.sample(random.Random(0), "train")) == "train"

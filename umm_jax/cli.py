@@ -140,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
     p = of_the_world("tokenizer", _tokenizer, "Train a tokenizer that knows every word of the world.")
     p.add_argument("--out", required=True, help="file to write, for example runs/demo/tokenizer.model")
     p.add_argument(
+        "--family", default="mm_interleaved", help="whose control pieces to add where there is no --config"
+    )
+    p.add_argument(
         "--vocab", type=_positive, help="largest number of pieces (default: 1024, or what the model can hold)"
     )
 
@@ -271,12 +274,13 @@ def _tokenizer(args) -> None:
     from umm_jax.world import corpus
 
     (run, world), out, vocab = _world(args), Path(args.out), args.vocab or 1024
+    family = families.get(run.family if run else args.family)
     if run and not args.vocab:
-        model = families.get(run.family).config.ModelConfig
-        vocab = config.from_dict(model, run.model, "config.model").vocab
+        vocab = config.from_dict(family.config.ModelConfig, run.model, "config.model").vocab
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    made = Tokenizer.train(corpus.vocabulary_text(world), out, corpus.control_pieces(world), vocab)
+    control = family.stream.control_pieces(run.model if run else {})
+    made = Tokenizer.train(corpus.vocabulary_text(world), out, control, vocab)
     print(f"{out}: {made.size} pieces")
 
 

@@ -99,6 +99,22 @@ Part = Text | Image | Mask | Box | TaskCall
 PARTS = {cls.kind: cls for cls in (Text, Image, Mask, Box, TaskCall)}
 
 
+def spell(part: Part) -> str:
+    """A part in words, for people: text as it is, anything else in square brackets."""
+    name = f" {part.label}" if isinstance(part, (Mask, Box)) and part.label else ""
+    match part:
+        case Text(text):
+            return text
+        case Image(ref):
+            return f"[image {ref}]"
+        case Mask(of, size):
+            return f"[mask{name} of {of}: {int(part.array().sum())} of {size[0] * size[1]} pixels]"
+        case Box(of, xyxy):
+            return f"[box{name} of {of}: {', '.join(f'{v:.3f}' for v in xyxy)}]"
+        case TaskCall(name, args):
+            return f"[task {name}({', '.join(f'{k}={v!r}' for k, v in args.items())})]"
+
+
 # --- turns, images, conversations -----------------------------------------------------------------
 
 
@@ -120,6 +136,15 @@ class Turn:
     depends_on: tuple[int, ...] = ()
     op: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """Its text parts alone."""
+        return " ".join(part.text for part in self.parts if isinstance(part, Text)).strip()
+
+    def spelt(self) -> str:
+        """Its parts in words, see :func:`spell`, pictures left out."""
+        return " ".join(spell(part) for part in self.parts if not isinstance(part, Image))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, TaskCall, Text, Turn
+from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, TaskCall, Text, Turn, spell
 from umm_jax.data.files import write_atomic
 
 STYLE = """
@@ -84,9 +84,8 @@ def _part(part: Part, c: Conversation) -> str:
         case Box(of, (x0, y0, x1, y1), label):
             place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
             return _figure(c.images[of], f"{label or 'box'} of {of}", f'<i style="{place}"></i>')
-        case TaskCall(name, args):
-            said = ", ".join(f"{key}={value!r}" for key, value in args.items())
-            return f"<code>{html.escape(f'{name}({said})')}</code>"
+        case TaskCall():
+            return f"<code>{html.escape(spell(part))}</code>"
 
 
 def _figure(image: ImageData, caption: str, over: str = "") -> str:

@@ -11,14 +11,14 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text
+from umm_jax.conversation import Conversation, Image, Part, Text, spell
 from umm_jax.data.files import storage_errors
 from umm_jax.data.html import write_html
 from umm_jax.data.records import open_source
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import DataError
 
-__all__ = ["inspect", "open_any", "preview", "show", "statistics", "stats", "write_html"]
+__all__ = ["open_any", "preview", "show", "statistics", "stats", "write_html"]
 
 
 class _Shard(Sequence):
@@ -115,14 +115,6 @@ def _msgpack_records(path: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def inspect(path: str | Path, limit: int = 3, *, colour: bool = False) -> str:
-    """The first `limit` conversations of whatever :func:`open_any` opens, as text for the terminal."""
-    source = open_any(path)
-    shown = min(limit, len(source))
-    parts = [f"{path}: {shown} of {len(source)} conversations"]
-    return "\n\n".join(parts + [show(source[index], colour=colour) for index in range(shown)])
-
-
 def show(conversation: Conversation, pictures: str | Path | None = None, *, colour: bool = False) -> str:
     """A conversation as text, one line a part.
 
@@ -168,20 +160,10 @@ def preview(pixels: np.ndarray, columns: int = 24) -> str:
 
 
 def _part(part: Part, conversation: Conversation) -> str:
-    match part:
-        case Text(text):
-            return text
-        case Image(ref):
-            image = conversation.images[ref]
-            return f"[image {ref}: {image.width} x {image.height} {image.mime}, {len(image.data)} bytes]"
-        case Mask(of, size, _, label):
-            name = f" {label}" if label else ""
-            return f"[mask{name} of {of}: {int(part.array().sum())} of {size[0] * size[1]} pixels]"
-        case Box(of, xyxy, label):
-            name = f" {label}" if label else ""
-            return f"[box{name} of {of}: {', '.join(f'{v:.3f}' for v in xyxy)}]"
-        case TaskCall(name, args):
-            return f"[task {name}({', '.join(f'{k}={v!r}' for k, v in args.items())})]"
+    if not isinstance(part, Image):
+        return spell(part)
+    image = conversation.images[part.ref]
+    return f"[image {part.ref}: {image.width} x {image.height} {image.mime}, {len(image.data)} bytes]"
 
 
 def _write_pictures(conversation: Conversation, folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 
 from umm_jax import __version__
-from umm_jax.conversation import Box, Conversation, Image, Mask, TaskCall, Text
+from umm_jax.conversation import Conversation, Image, spell
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import CheckpointError, DataError
 from umm_jax.evaluate import cost, html
@@ -261,21 +261,6 @@ def _failures(samples: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return kept[:24]
 
 
-def say(turn: Any) -> str:
-    """The words of a turn; boxes and calls are spelt out, pictures left out."""
-    words = []
-    for part in turn.parts:
-        if isinstance(part, Text):
-            words.append(part.text)
-        elif isinstance(part, Box):
-            words.append("box " + " ".join(f"{v:.2f}" for v in part.xyxy))
-        elif isinstance(part, Mask):
-            words.append(f"mask of {int(part.array().sum())} px")
-        elif isinstance(part, TaskCall):
-            words.append(f"{part.name}({', '.join(f'{k}={v}' for k, v in part.args.items())})")
-    return " ".join(words)
-
-
 def pictures(conversation: Conversation, index: int) -> list[bytes]:
     turn = conversation.turns[index]
     return [conversation.images[p.ref].data for p in turn.parts if isinstance(p, Image)]
@@ -287,8 +272,8 @@ def _drawing(sample: Mapping[str, Any]) -> str:
     shown = [("before", sample["before"]), ("asked for", sample["target"])]
     shown.append(("drawn", drawn[-1] if drawn else None))
     verdict = html.tag(sample["ok"], "exact" if sample["ok"] else "wrong")
-    reply = say(conversation.turns[-1])
-    return html.tile(say(conversation.turns[-2]), shown, verdict, f"model: {reply}" if reply else "")
+    reply = conversation.turns[-1].spelt()
+    return html.tile(conversation.turns[-2].spelt(), shown, verdict, f"model: {reply}" if reply else "")
 
 
 def _failure(sample: Mapping[str, Any]) -> str:
@@ -296,9 +281,9 @@ def _failure(sample: Mapping[str, Any]) -> str:
         return _drawing(sample)
     conversation = sample["conversation"]
     seen = [png for i in range(len(conversation.turns) - 1) for png in pictures(conversation, i)]
-    answer = say(conversation.turns[-1]) or ("a picture" if pictures(conversation, -1) else "nothing")
+    answer = conversation.turns[-1].spelt() or ("a picture" if pictures(conversation, -1) else "nothing")
     return html.tile(
-        say(conversation.turns[-2]),
+        conversation.turns[-2].spelt(),
         [("", png) for png in seen[-1:]],
         html.tag(False, " : ".join(dict.fromkeys((sample["skill"], sample["kind"])))),
         f"said: {answer}. Right: {sample['expected']}",
@@ -313,7 +298,7 @@ def _dialogue(sample: Mapping[str, Any]) -> str:
             if isinstance(part, Image):
                 body.append(html.picture(conversation.images[part.ref].data, alt=f"picture of turn {index}"))
             else:
-                body.append(html.escape(say(type(turn)(turn.role, (part,)))))
+                body.append(html.escape(spell(part)))
         verdict = sample["verdicts"].get(str(index))
         note = "" if verdict is None else "right" if verdict["ok"] else f"wrong; right: {verdict['expected']}"
         bubbles.append(html.bubble(turn.role, " ".join(body), note, verdict is None or verdict["ok"]))

@@ -22,7 +22,8 @@ from umm_jax import config as configs
 from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.data.files import storage_errors, write_atomic
-from umm_jax.evaluate.report import HEADLINE, say
+from umm_jax.evaluate.report import HEADLINE
+from umm_jax.families.contract import Replier
 from umm_jax.generate import load_run, seed_of
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
@@ -61,7 +62,7 @@ def world_of(run: RunConfig) -> WorldConfig:
 
 
 def ask(
-    replier: Any,
+    replier: Replier,
     items: Sequence[Item],
     settings: ReplySettings,
     *,
@@ -77,7 +78,7 @@ def ask(
 
     def shape(index: int) -> tuple:
         c = items[index].conversation
-        return len(items[index].user_turns), len(c.images), sum(len(say(t)) for t in c.turns), index
+        return len(items[index].user_turns), len(c.images), sum(len(t.spelt()) for t in c.turns), index
 
     order = sorted(range(len(items)), key=shape)
     outcomes = [Outcome(item, item.conversation) for item in items]
@@ -251,7 +252,7 @@ def _samples(judge: Judge, split: str, outcomes: Sequence[Outcome]) -> Iterator[
         return scene and ImageData.from_array(parts.renderer.render(scene)).data
 
     def expected(one: skills.Expected) -> str:
-        return say(one.answer) if one.target is None else parts.grammar.scene(one.target)
+        return one.answer.spelt() if one.target is None else parts.grammar.scene(one.target)
 
     for o in (*outcomes[:KEEP], *failed):
         item, first = o.item, len(o.item.conversation.turns)
@@ -292,7 +293,7 @@ def summary(results: Mapping[str, Any]) -> str:
 # --- during training ----------------------------------------------------------------------------------
 
 
-def quick(replier: Any, run: RunConfig, items: int) -> dict[str, float]:
+def quick(replier: Replier, run: RunConfig, items: int) -> dict[str, float]:
     """Headline figures on a few unseen items of every skill but whole dialogues, and the F1 of drawings."""
     world = world_of(run)
     judge, found = Judge(world), {}

@@ -4,24 +4,35 @@
 worker that reads ``.stream`` never loads JAX. A new family is a new folder with the same five files:
 
     config.py      ModelConfig, a frozen dataclass
-    stream.py      Serializer: Conversation -> Stream (numpy only)
+    stream.py      Serializer: Conversation -> Stream (numpy only); control_pieces of its tokenizer
     model.py       build(config, rngs) -> nnx.Module
     generate.py    Replier: conversations -> replies
     weights.py     names and layouts of released checkpoints (none has it yet)
+
+What each must offer is written down in ``contract.py``.
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from umm_jax.config import suggest
 from umm_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from umm_jax.families import contract
 
 PARTS = ("config", "stream", "model", "generate", "weights")
 
 
 class Family:
     """Namespace of one family's modules, ``family.config`` and so on, each loaded when asked for."""
+
+    config: "contract.ConfigPart"
+    stream: "contract.StreamPart"
+    model: "contract.ModelPart"
+    generate: "contract.GeneratePart"
 
     def __init__(self, name: str):
         self.name = name

@@ -3,11 +3,11 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from umm_jax import config as configs
 from umm_jax.config import RunConfig
 from umm_jax.errors import CheckpointError
+from umm_jax.families.contract import Replier
 
 
 def seed_of(base: int, asked: str, turn: int) -> int:
@@ -21,13 +21,13 @@ class Loaded:
 
     Attributes:
         run: the config it was trained by. step: the checkpoint's; weights: "raw" or "ema".
-        replier: its family's ``generate.Replier``. parameters: how many numbers it has.
+        replier: its family's. parameters: how many numbers it has.
     """
 
     run: RunConfig
     step: int
     weights: str
-    replier: Any
+    replier: Replier
     parameters: int
 
 
@@ -61,6 +61,6 @@ def load_run(run_dir: str | Path, step: int | None = None, weights: str | None =
     return Loaded(run, step, weights, replier, sum(leaf.size for leaf in flatten(params).values()))
 
 
-def load(run_dir: str | Path, step: int | None = None, weights: str | None = None) -> Any:
+def load(run_dir: str | Path, step: int | None = None, weights: str | None = None) -> Replier:
     """The Replier of :func:`load_run`."""
     return load_run(run_dir, step, weights).replier

@@ -4,16 +4,17 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import PIL.Image
 
 from umm_jax.config import ReplySettings, suggest
-from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, TaskCall, Text, Turn
+from umm_jax.conversation import Conversation, Image, ImageData, Part, Text, Turn, spell
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.data.inspect import preview
 from umm_jax.errors import ConfigError, DataError, UserError
+from umm_jax.families.contract import Replier
 from umm_jax.generate import seed_of
 
 HELP = """\
@@ -45,7 +46,7 @@ class Chat:
 
     def __init__(
         self,
-        replier: Any,
+        replier: Replier,
         settings: ReplySettings,
         folder: Path,
         *,
@@ -88,22 +89,15 @@ class Chat:
             self.write("(no answer)")
 
     def show(self, part: Part) -> None:
-        if isinstance(part, Text):
-            self.write(part.text)
-        elif isinstance(part, Box):
-            x0, y0, x1, y1 = part.xyxy
-            self.write(f"[box: left {x0:.2f}, top {y0:.2f}, right {x1:.2f}, bottom {y1:.2f}]")
-        elif isinstance(part, Mask):
-            self.write(f"[mask: {part.array().mean():.1%} of the picture]")
-        elif isinstance(part, TaskCall):
-            self.write(f"[{part.name}({', '.join(f'{k}={v!r}' for k, v in part.args.items())})]")
-        else:
-            pixels = self.conversation.images[part.ref].array()
-            path = self._next_file()
-            save_png(pixels, path)
-            if self.colour:
-                self.write(preview(pixels, COLUMNS))
-            self.write(f"[picture: {path}]")
+        if not isinstance(part, Image):
+            self.write(spell(part))
+            return
+        pixels = self.conversation.images[part.ref].array()
+        path = self._next_file()
+        save_png(pixels, path)
+        if self.colour:
+            self.write(preview(pixels, COLUMNS))
+        self.write(f"[picture: {path}]")
 
     def write(self, text: str) -> None:
         print(text, file=self.out, flush=True)

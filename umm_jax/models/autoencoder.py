@@ -6,7 +6,7 @@ Both have the same face, so that an image decoder does not know which one it dra
     pixels = autoencoder.decode(latents)
     losses, parts = autoencoder.losses(pixels, key)  # [B] each
 
-Source: Rombach et al. 2022 (arXiv 2112.10752); sizes and scale in ``specs/mm_interleaved.md`` section 5.
+Source: Rombach et al. 2022 (arXiv 2112.10752); sizes and scale in ``docs/mm_interleaved.md`` section 5.
 """
 
 from dataclasses import dataclass

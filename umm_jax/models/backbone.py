@@ -1,6 +1,6 @@
 """Decoder-only transformer with optional synchronizer layers: the language side of every family.
 
-A layer, for x [B, T, D] (MM-Interleaved, spec section 3.1 and 4; Llama without the middle line)::
+A layer, for x [B, T, D] (docs/mm_interleaved.md sections 3.1 and 4; Llama without the middle line)::
 
     x = x + Attention(RMSNorm(x))
     x = x + tanh(gate) * MMFS(RMSNorm(x), RMSNorm(features))       every `sync_every`-th layer, from the first
@@ -250,7 +250,7 @@ class Head(nnx.Module):
     """Hidden states to logits, [.., D] -> [.., V], with a separate trainable head for added tokens.
 
     MM-Interleaved keeps the language model's head frozen (its rows for the `new` added tokens are silent:
-    weight 0, bias -100) and adds a small head on top of them (weight 0, bias +95), spec section 4.
+    weight 0, bias -100) and adds a small head on top of them (weight 0, bias +95): docs section 4.
     ``new=0`` is an ordinary head.
     """
 

@@ -5,7 +5,7 @@ Every query reads a few points of every level of every image, bilinearly, and ad
     out[b, q, h] = sum over n, l, p of  weights[b, q, n, h, l, p] * bilinear(values of (b, n, l, h), location)
 
 Pixel i of a side s has its centre at (i + 0.5) / s ("align_corners=False"); beyond the border the map is
-zero. Source: Deformable DETR (arXiv 2010.04159) eq. 3; spec mm_interleaved section 3.
+zero. Source: Deformable DETR (arXiv 2010.04159) eq. 3; docs/mm_interleaved.md section 3.
 
 Two implementations give the same numbers and the same gradients:
 

@@ -3,7 +3,7 @@
 Time is a step t in 0..T-1; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, with a_t the product of
 1 - beta up to t.
 Source: Ho et al. 2020 (arXiv 2006.11239); the settings and the sampling grid of the released MM-Interleaved
-are in ``specs/mm_interleaved.md`` sections 5 and 9.
+are in ``docs/mm_interleaved.md`` sections 5 and 9.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,11 @@ class Noised(NamedTuple):
         x_t: noisy input, the shape of x0.
         t: time of each image as the model gets it, [B]: steps (int32) of a diffusion, in [0, 1] of a flow.
         target: what the model should predict, float32, the shape of x0.
-        weight: factor on the loss of each image, [B].
     """
 
     x_t: jax.Array
     t: jax.Array
     target: jax.Array
-    weight: jax.Array
 
 
 def betas(kind: BetaKind, steps: int, start: float, end: float) -> np.ndarray:
@@ -119,7 +117,7 @@ class Diffusion:
         alpha = per_image(jnp.asarray(self.alphas, jnp.float32)[t], x0)
         signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
         target = {"epsilon": noise, "x0": x0, "velocity": signal * noise - sigma * x0}[self.prediction]
-        return Noised(signal * x0 + sigma * noise, t, target, jnp.ones(t.shape, jnp.float32))
+        return Noised(signal * x0 + sigma * noise, t, target)
 
     def timesteps(self, steps: int) -> np.ndarray:
         """Sampling steps, noisiest first: k (T // steps) + offset ("leading" spacing), int32 [steps]."""

@@ -176,9 +176,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (unit_rms(x.astype(jnp.float32), self.eps) * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,6 +1,6 @@
 """Positions of tokens and pixels: fixed sin-cos tables (computed, never parameters) and learned vectors.
 
-Layout of the fixed tables (spec mm_interleaved 2.2 and 5): one axis of width W is [sin(p w_k), cos(p w_k)]
+Layout of the fixed tables (docs/mm_interleaved.md 2.2 and 5): one axis of width W is [sin(p w_k), cos(p w_k)]
 with w_k = base^(-k / (W/2)), k = 0 .. W/2 - 1; two axes give the first half of the channels to the row and
 the second half to the column.
 """

@@ -2,7 +2,7 @@
 
 Space-to-depth, then one level per width, each half the side of the one before: a 3x3 convolution with SiLU,
 followed by residual 1x1 or 3x3 ones. Learned row and column vectors are added to the coarsest level, which,
-normalised and flattened, gives the tokens. Source: spec world_recipe section 2.
+normalised and flattened, gives the tokens. Source: ours.
 """
 
 from dataclasses import dataclass

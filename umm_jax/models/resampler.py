@@ -5,8 +5,8 @@ One interface, two kinds, made by :func:`build`:
     resampler(tokens [B, T, d_in], mask bool [B, T] | None, key=None)
         -> tokens [B, Q, d_out], mask bool [B, Q] | None
 
-``qformer`` reads the tokens with a fixed number of learned queries (spec mm_interleaved 2.3: post-norm BERT
-blocks, cross-attention in every few layers). ``none`` hands the tokens on.
+``qformer`` reads the tokens with a fixed number of learned queries (post-norm BERT blocks,
+cross-attention in every few layers: docs/mm_interleaved.md 2.3). ``none`` hands the tokens on.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.attention import MASKED, attend, merge_heads, split_heads
 from umm_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -112,7 +112,7 @@ def _attend_with_dropout(q, k, v, mask, rate, key):
     """:func:`attend` for equal head counts, with dropout on the weights."""
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, -1e30)
+        scores = jnp.where(mask[:, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
 

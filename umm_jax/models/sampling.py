@@ -1,7 +1,7 @@
 """One interface to the schedules: how images are noised for training and drawn from noise.
 
 schedule = make_schedule(ScheduleConfig(kind="flow", prediction="x0", shift=3.0))
-x_t, t, target, weight = schedule.noised(x0, key)                   # training, fields of ``Noised``
+x_t, t, target = schedule.noised(x0, key)                           # training, fields of ``Noised``
 x0 = schedule.sample(predict, (b, h, w, c), key, steps=8)            # predict(x_t, t) -> prediction
 """
 

@@ -2,7 +2,7 @@
 
 A query reads a few learned points of every visible image at every level, weighted by a softmax that also
 has a "read nothing" choice. Source: MM-Interleaved (arXiv 2401.10208) section 3.2; the exact formulas are
-in spec mm_interleaved section 3. For query q, image n, head h, level l, point p:
+in docs/mm_interleaved.md section 3. For query q, image n, head h, level l, point p:
 
     r[n]             how many visible images back: 1 for the nearest, 0 for invisible ones
     z[n]             = W_query q + b + E[r[n]]
@@ -214,18 +214,16 @@ def softmax_plus_one(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, 
 
 
 class BackboneSync(nnx.Module):
-    """In a language model: x + tanh(gate) * MMFS(RMS(x), RMS(maps)) (spec 3.1).
+    """In a language model: x + tanh(gate) * MMFS(RMS(x), RMS(maps)) (section 3.1).
 
-    `gate_init` 0 is the release's: the layer starts as the identity.
+    The gate starts at 0, and the layer as the identity.
     """
 
-    def __init__(
-        self, config: SynchronizerConfig, *, gate_init: float = 0.0, eps: float = 1e-6, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: SynchronizerConfig, *, eps: float = 1e-6, rngs: nnx.Rngs):
         self.query_norm = RMSNorm(config.d_query, eps=eps, rngs=rngs)
         self.map_norm = RMSNorm(config.d_maps, eps=eps, rngs=rngs)
         self.core = Synchronizer(config, rngs=rngs)
-        self.gate = param(rngs, (1,), (None,), layers.constant(gate_init))
+        self.gate = param(rngs, (1,), (None,), layers.zeros)
 
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`."""
@@ -238,7 +236,7 @@ class BackboneSync(nnx.Module):
 
 
 class DecoderSync(nnx.Module):
-    """In an image decoder: x + conv1x1(MMFS(LN(x) + position, LN(maps))) (spec 3.2).
+    """In an image decoder: x + conv1x1(MMFS(LN(x) + position, LN(maps))) (section 3.2).
 
     Every pixel of x is a query whose points lie around the same place of the earlier image.
 

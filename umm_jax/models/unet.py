@@ -5,8 +5,8 @@
 Every feature kept for the up path is a *skip*. Between the mid block and the up path the caller may change
 the skips and the mid map: this is where the feature synchronizer looks back at earlier images.
 
-Source: ``specs/mm_interleaved.md`` sections 3.2 and 5; the options for small models are those measured in
-``specs/world_recipe.md`` section 2, and are off by default.
+Source: Stable Diffusion (arXiv 2112.10752), as ``docs/mm_interleaved.md`` sections 3.2 and 5 describe it; the
+options for small models are ours, and off by default.
 """
 
 from collections.abc import Callable, Sequence
@@ -241,7 +241,6 @@ class UNet(nnx.Module):
         context: jax.Array,
         context_mask: jax.Array | None = None,
         sync: Sync | None = None,
-        inject: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """Prediction at every pixel.
 
@@ -252,8 +251,6 @@ class UNet(nnx.Module):
             context_mask: [B, S], True where the condition may be read; None is everywhere.
             sync: called between the mid block and the up path with the skips (shapes: ``config.skip_shapes``)
                 and the mid map; returns their replacements.
-            inject: one map per level (shapes: ``config.level_shapes``), added to the features of the level on
-                the way down, so that the mid block sees them too.
 
         Returns:
             [B, h, w, out_channels] in the dtype of `x`.
@@ -279,13 +276,11 @@ class UNet(nnx.Module):
         x = self.conv_in(space_to_depth(x, c.patch))
 
         skips = [x] if c.skips == "all" else []
-        for i, level in enumerate(self.down):
+        for level in self.down:
             for j, resnet in enumerate(level.resnets):
                 x = run(resnet, x, time)
                 if len(level.attentions):
                     x = run(level.attentions[j], x, context, mask)
-                if inject is not None and j == len(level.resnets) - 1:
-                    x = x + inject[i].astype(x.dtype)
                 if c.skips == "all":
                     skips.append(x)
             if level.resample is not None:

@@ -1,7 +1,7 @@
 """The blocks a convolutional image decoder is made of: residual, transformer, down- and up-sampling.
 
 Shared by the latent UNet (``unet.py``) and the autoencoder (``autoencoder.py``). Maps are NHWC: [B, h, w, C].
-Source: Stable Diffusion 2.1 as described in ``specs/mm_interleaved.md`` sections 5 and 11; sub-modules
+Source: Stable Diffusion 2.1, see ``docs/mm_interleaved.md`` section 5; sub-modules
 follow the roles of the released checkpoints, so that a conversion table stays a list of renamings.
 """
 
@@ -225,8 +225,8 @@ class Upsample(nnx.Module):
     """[B, h, w, d] -> [B, 2h, 2w, d].
 
     ``nearest`` repeats pixels and applies a 3x3 convolution. ``depth_to_space`` is a 1x1 convolution to 4d
-    channels laid out as 2x2 pixels: unlike repetition it tells the four sub-pixels apart at once, which small
-    models need (``specs/world_recipe.md`` section 5).
+    channels laid out as 2x2 pixels: unlike repetition it tells the four sub-pixels apart at once, which a
+    small model has no time to learn.
     """
 
     def __init__(self, d: int, kind: Upsampling = "nearest", *, rngs: nnx.Rngs):

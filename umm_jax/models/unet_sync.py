@@ -1,8 +1,8 @@
 """The feature synchronizer of the image decoder: one block per skip and one for the mid map.
 
 Between the mid block and the way up, every kept feature looks into the maps of earlier images (of the one
-before, or of all that are visible): ``x <- x + conv(MMFS(LN(x) + position, LN(maps)))``. Source: spec
-mm_interleaved section 3.2.
+before, or of all that are visible): ``x <- x + conv(MMFS(LN(x) + position, LN(maps)))``. Source:
+docs/mm_interleaved.md 3.2.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The CLIP vision transformer, and what a vision tower gives, whichever it is.
 
-Source: CLIP (arXiv 2103.00020); the released variant is described in spec mm_interleaved 2.1: class token,
+Source: CLIP (arXiv 2103.00020); the released variant is described in docs/mm_interleaved.md 2.1: class token,
 learned positions, a norm before the layers and none after them.
 """
 

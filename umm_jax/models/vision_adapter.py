@@ -2,7 +2,7 @@
 
 A convolutional stem looks at the image beside the transformer. In each interaction block the transformer's
 patches first read the stem's maps, then run through some layers, and the stem's maps read them in turn; both
-reads are deformable attention. Source: ViT-Adapter (arXiv 2205.08534); spec mm_interleaved 2.1 and 2.2.
+reads are deformable attention. Source: ViT-Adapter (arXiv 2205.08534); docs/mm_interleaved.md 2.1, 2.2.
 
 Letters: B images, g patches along a side, D width. Stem maps have sides 4g, 2g, g, g/2 (c1 to c4); c2, c3
 and c4 as one list have 21 g^2 / 4 tokens.

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from umm_jax import config as configs
 from umm_jax import families, sharding
 from umm_jax.errors import CheckpointError, ConfigError, StorageError
+from umm_jax.families.contract import ModelConfig
 from umm_jax.train.optimizer import Tree, flatten, unflatten
 from umm_jax.train.state import TrainState, abstract_params
 
@@ -267,7 +268,7 @@ class Checkpoints:
 
 def load_params(
     workdir: str | Path, *, mesh: Any = None, weights: str = "raw", step: int | None = None
-) -> tuple[configs.RunConfig, Any, Tree]:
+) -> tuple[configs.RunConfig, ModelConfig, Tree]:
     """(run config, model config, parameters) of a run directory: all that replying and judging need.
 
     Args:
@@ -289,7 +290,7 @@ def load_params(
     return run, model_config, checkpoints.restore_params(abstract, step=step, weights=weights)
 
 
-def plain_config(run: configs.RunConfig, model_config: Any) -> dict[str, Any]:
+def plain_config(run: configs.RunConfig, model_config: ModelConfig) -> dict[str, Any]:
     """The run's config as saved beside a checkpoint: defaults of the model section filled in."""
     return {**configs.to_dict(run), "model": configs.to_dict(model_config)}
 

@@ -18,6 +18,8 @@ from umm_jax import config as configs
 from umm_jax import families, sharding
 from umm_jax.config import RunConfig
 from umm_jax.errors import ConfigError, Interrupted
+from umm_jax.families import Family
+from umm_jax.families.contract import ModelConfig
 from umm_jax.train import state as states
 from umm_jax.train.checkpoint import Checkpoints, plain_config
 from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress
@@ -46,7 +48,7 @@ def train(
     workdir: str | Path,
     *,
     on_eval: Callable[[int, Any], Mapping[str, float]] | None = None,
-    family: Any = None,
+    family: Family | None = None,
     loader: Any = None,
 ) -> dict[str, Any]:
     """Trains `run` in `workdir`, from its newest checkpoint if there is one.
@@ -54,7 +56,8 @@ def train(
     Args:
         on_eval: called as on_eval(step, params) every train.eval_every steps; what it returns goes into
             metrics.jsonl. It must not keep `params`: the next step gives them up.
-        family: namespace with ``config.ModelConfig`` and ``model.build``; that of run.family unless given.
+        family: that of run.family unless given; of another only ``config`` and ``model`` are needed when a
+            `loader` is given.
         loader: iterator of numpy batches with get_state() and set_state(), the run's data unless given.
             Where it has stats(), those are logged; where it has close(), it is closed.
 
@@ -239,7 +242,7 @@ def _claim(workdir: Path, run: RunConfig) -> None:
         os.replace(path.with_suffix(".tmp"), path)
 
 
-def _make_loader(run: RunConfig, workdir: Path, family: Any, model_config: Any) -> Any:
+def _make_loader(run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig) -> Any:
     """The run's loader; the tokenizer is copied beside the run, which owns it from then on."""
     from umm_jax.data.files import write_atomic
     from umm_jax.data.pipeline import make_loader

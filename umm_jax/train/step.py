@@ -19,6 +19,7 @@ from flax import nnx
 from umm_jax import sharding
 from umm_jax.config import RunConfig, suggest
 from umm_jax.errors import ConfigError
+from umm_jax.families.contract import AutoencoderModel
 from umm_jax.train.optimizer import Tree
 from umm_jax.train.state import Plan, TrainState
 
@@ -78,7 +79,7 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
     )
 
 
-def _model(plan: Plan, params: Tree, dtype) -> nnx.Module:
+def _model(plan: Plan, params: Tree, dtype) -> AutoencoderModel:
     cast = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
     return nnx.merge(plan.graphdef, nnx.State(cast))
 

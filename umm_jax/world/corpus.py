@@ -1,19 +1,11 @@
-"""Every word of a world, in sentences, and its control pieces: what a tokenizer is trained from."""
+"""Every word of a world, in sentences: what a tokenizer is trained from."""
 
 from collections.abc import Iterator
 
 from umm_jax.world.grammar import DIRECTIONS, SMALLTALK, UNDO, WHICH
 from umm_jax.world.scene import CHANGES, Scene, WorldConfig
 from umm_jax.world.state import Count, Edit, Exists, Question
-from umm_jax.world.talk import STORIES, Talk, world
-
-# Turn markers, the announcement and the positions of a picture, and boxes as four locations.
-CONTROL = ("<user>", "<bot>", "<eot>", "<soi>", "<image>", "<box>", "</box>")
-
-
-def control_pieces(config: WorldConfig) -> list[str]:
-    """Pieces that are never part of a text: markers, and `<loc0>` to `<locN>` for pixel edges 0 to px."""
-    return [*CONTROL, *(f"<loc{edge}>" for edge in range(config.px + 1))]
+from umm_jax.world.talk import STORIES, world
 
 
 def vocabulary_text(config: WorldConfig) -> Iterator[str]:
@@ -86,9 +78,3 @@ def _further_operations(config: WorldConfig, grammar, about) -> Iterator[str]:
 def vocabulary(config: WorldConfig) -> list[str]:
     """The words of :func:`vocabulary_text`, sorted."""
     return sorted({word for sentence in vocabulary_text(config) for word in sentence.split()})
-
-
-def words_of(talk: Talk) -> set[str]:
-    """The words a dialogue uses."""
-    texts = [part.text for turn in talk.turns for part in turn.parts if hasattr(part, "text")]
-    return {word for text in texts for word in text.split()}

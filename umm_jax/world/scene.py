@@ -177,6 +177,13 @@ class WorldConfig:
                 raise ConfigError(f"held_out_cells: no {shape!r}, or no such cell, in this world")
         if not self.kinds:
             raise ConfigError("held_out_pairs leave nothing to train on")
+        seen = {thing.shape for thing in self.kinds}
+        open_to = [c for c in range(self.cells) if any(c not in self.held_out_cells.get(s, ()) for s in seen)]
+        if len(open_to) < self.min_objects:
+            raise ConfigError(
+                f"held_out_cells leave {len(open_to)} cells to train on, and a scene has min_objects = "
+                f"{self.min_objects}; hold out fewer cells, or of fewer shapes"
+            )
 
     @classmethod
     def preset(cls, name: str = "tiny", **overrides: Any) -> "WorldConfig":
@@ -253,7 +260,7 @@ _TALKATIVE = {
     "gate": 0.05,
 }
 
-# "small" follows the proposal of the world recipe; "full" the benchmark preset of the evaluation spec.
+# "small" has more kinds of things and ways to talk than "tiny"; "full" textures and more backgrounds too.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": _TALKATIVE

@@ -22,19 +22,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from umm_jax.config import suggest
-from umm_jax.conversation import Box, Image, ImageData, Text, Turn
+from umm_jax.conversation import Box, Image, ImageData, Turn
 from umm_jax.errors import ConfigError
 from umm_jax.world.items import SKILLS, Expected, Item, Skill, items
 from umm_jax.world.judge import Judge, Parsed, edit_scores, scene_exact, scene_f1
 from umm_jax.world.state import answer
 from umm_jax.world.talk import world
 
-__all__ = ["SKILLS", "Expected", "Item", "Skill", "items", "report", "score", "text_of", "turn_right"]
-
-
-def text_of(turn: Turn) -> str:
-    """The words of a turn."""
-    return " ".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
+__all__ = ["SKILLS", "Expected", "Item", "Skill", "items", "report", "score", "turn_right"]
 
 
 def _picture(judge: Judge, turn: Turn, images: Mapping[str, ImageData]) -> Parsed | None:
@@ -69,7 +64,7 @@ def _answered(judge: Judge, expected: Expected, turn: Turn) -> dict[str, float]:
         exact = [round(v * px) for v in found.xyxy] == [round(v * px) for v in gold.xyxy]
         overlap = iou(found.xyxy, gold.xyxy)
         return {"right": float(exact), "iou50": float(overlap >= 0.5)}
-    understood, meaning = world(judge.config).grammar.parse_answer(question, text_of(turn))
+    understood, meaning = world(judge.config).grammar.parse_answer(question, turn.text)
     wanted = answer(question, expected.before)
     if question.kind not in ("count", "exists"):
         return {"right": float(understood and meaning == wanted)}
@@ -116,7 +111,7 @@ def _score_edit(judge: Judge, item: Item, turns: list[Turn], images) -> dict[str
     scores = {f"edit_{name}": value for name, value in became.items()}
     scores["edit_valid"] = float(parsed is not None and parsed.valid)
     if judge.config.effect:
-        stated = world(judge.config).grammar.parse_effect(item.before, text_of(turns[0]))
+        stated = world(judge.config).grammar.parse_effect(item.before, turns[0].text)
         scores["edit_stated"] = float(stated == item.target)
     scores[f"edit_exact_{item.kind}"] = became["exact"]
     return scores
@@ -128,7 +123,7 @@ def _score_answer(judge: Judge, item: Item, turns: list[Turn], images) -> dict[s
     if item.skill == "vqa":
         return {"vqa_accuracy": right, f"vqa_{item.kind}": right}
     if item.skill == "describe":
-        described = world(judge.config).grammar.parse_scene(text_of(turns[0]))
+        described = world(judge.config).grammar.parse_scene(turns[0].text)
         parsed = described and Parsed(described, True, 0.0, (), 0.0)
         return {"describe_exact": right, "describe_f1": scene_f1(parsed, item.before)}
     further = {f"{item.skill}_{name}": value for name, value in result.items() if name != "right"}

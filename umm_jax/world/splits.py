@@ -45,8 +45,8 @@ SPLITS = {
     "distance": Split("iid", ("iid",), "5 to 8 exchanges between a picture and the turn that needs it"),
     "hard-distractor": Split("iid", ("iid",), "another picture or object gives another plausible answer"),
 }
-SCENE_SPLITS = ("iid", "pair", "position")
 DISTANCES = (5, 8)
+TRIES = 20_000  # a scene of a rare class is found in far fewer
 
 
 def get_split(name: str) -> Split:
@@ -92,11 +92,15 @@ class Holdout:
         return scene.occupied
 
     def sample(self, rng: random.Random, split: str) -> Scene:
-        """A scene of the class in which conversations of the split begin; object count uniform."""
+        """A scene of the class in which conversations of the split begin; object count uniform.
+
+        Raises:
+            ConfigError: an unknown split, or one of which this world has no scene to be found.
+        """
         config, wanted = self.config, get_split(split).start
         if wanted == "pair" and not self._rare_list or wanted == "position" and not self._misplaced:
             raise ConfigError(f"this world holds out nothing for split {split!r}")
-        while True:
+        for _ in range(TRIES):
             cells: list[Object | None] = [None] * config.cells
             places = rng.sample(range(config.cells), rng.randint(config.min_objects, config.max_objects))
             for cell in places:
@@ -109,3 +113,7 @@ class Holdout:
             scene = Scene(rng.choice(config.backgrounds), tuple(cells))
             if self.scene_class(scene) == wanted:
                 return scene
+        raise ConfigError(
+            f"no scene of split {split!r} in {TRIES} tries: held_out_pairs and held_out_cells overlap, "
+            "or leave next to nothing"
+        )

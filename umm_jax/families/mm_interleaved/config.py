@@ -51,7 +51,7 @@ class ModelConfig:
         context, context_resampler: hidden states to the condition of the image decoder.
         unet, unet_sync: the image decoder and its synchronizer (None: it sees no earlier image).
         autoencoder, schedule: what the decoder's latents are, and how they are noised.
-        added_tokens: ids at the end of the vocabulary with a trainable head of their own (spec section 4).
+        added_tokens: ids at the end of the vocabulary with a trainable head of their own (docs section 4).
         decoder_images: what the image decoder's synchronizer looks at: the "previous" image, as the release
             does, or all "visible" earlier ones of the conversation, as the paper says.
         compat: "release" reproduces what the released code does and we would not: attention and positions run

@@ -1,4 +1,4 @@
-"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (spec section 9).
+"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (docs section 9).
 
 All rows of a batch move together through four compiled functions: read the prompt, write text until a
 stop, draw, read the drawn picture back. Nothing is recomputed: keys, values, hidden states and image
@@ -6,7 +6,6 @@ features of what has been read are kept in a :class:`Memory`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from flax import nnx
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Turn
 from umm_jax.errors import ConfigError, DataError
+from umm_jax.families.contract import Reply
 from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.model import MMInterleaved, build
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
@@ -49,15 +49,6 @@ class Memory(NamedTuple):
     soi: jax.Array
     features: tuple[jax.Array, ...]
     values: jax.Array | None
-
-
-@dataclass
-class Reply:
-    """An assistant turn, the images it brings, and why it ended: "end" or "tokens"."""
-
-    turn: Turn
-    images: dict[str, ImageData] = field(default_factory=dict)
-    stopped: str = "end"
 
 
 class Replier:

@@ -1,4 +1,4 @@
-"""MM-Interleaved: a language model that reads images and conditions an image decoder (spec sections 0 to 6).
+"""MM-Interleaved: a language model that reads images and conditions an image decoder. docs/mm_interleaved.md
 
     pixels --tower--> maps, tokens --visual resampler--> visual tokens in the stream's image slots
     stream --backbone (with synchronizer into the maps)--> hidden states --head--> next token
@@ -185,9 +185,12 @@ class MMInterleaved(nnx.Module):
 
     # --- drawing ----------------------------------------------------------------------------------
 
-    def condition(self, hidden, soi, first):
-        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask [B*I, S]."""
-        condition, mask = self.context_resampler(*self.context(hidden, soi, first))
+    def condition(self, hidden, soi, first, key: jax.Array | None = None):
+        """Condition of the images whose soi stand at `soi` [B, I]: [B*I, S, Dc] and its mask [B*I, S].
+
+        With a `key`, the resampler's dropout acts.
+        """
+        condition, mask = self.context_resampler(*self.context(hidden, soi, first), key=key)
         return condition, jnp.ones(condition.shape[:2], bool) if mask is None else mask
 
     def predict(self, x, t, condition, mask, values, visible) -> jax.Array:
@@ -212,7 +215,7 @@ class MMInterleaved(nnx.Module):
             x = x.astype(self.dtype)
             out = self.predict(x, t, condition, mask, values, visible)
             if guidance is not None:
-                # The synchronizer sees the same features in both branches (spec section 14, trap 18).
+                # The synchronizer sees the same features in both branches (section 9).
                 free = self.predict(x, t, null, jnp.ones_like(mask), values, visible)
                 out = guided(out, free, guidance)
             return out.astype(jnp.float32)
@@ -230,13 +233,13 @@ class MMInterleaved(nnx.Module):
 
     def loss_sums(self, batch: Batch, key: jax.Array):
         """Numerators of the losses, and metrics as (sum, weight) pairs."""
-        look_key, image_key = jax.random.split(key)
+        look_key, image_key, dropout_key = jax.random.split(key, 3)
         visual, maps = self.look(batch["images"]["pixels"], look_key)
         hidden = self.hidden(batch, visual, maps)
         targets, weight = next_token_targets(batch["tokens"])
         nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
         drawn = self.drawn(batch)
-        told = self.denoise(drawn, hidden, maps, self.draw(drawn["draw"].size, image_key))
+        told = self.denoise(drawn, hidden, maps, self.draw(drawn["draw"].size, image_key), dropout_key)
         error, _ = weighted_mse(told.prediction, told.noised.target, told.weights)
         image = jnp.sum(error) / self.config.noise_draws
         metrics = {
@@ -311,15 +314,16 @@ class MMInterleaved(nnx.Module):
             jax.random.bernoulli(drop, self.config.uncond_prob, (draws,)),
         )
 
-    def denoise(self, drawn: dict[str, jax.Array], hidden, maps, draws: Draws) -> Denoised:
+    def denoise(self, drawn: dict[str, jax.Array], hidden, maps, draws: Draws, key=None) -> Denoised:
         """Runs the image decoder once on every image of :meth:`drawn`, noised as `draws` say.
 
         Args:
             hidden: final states [B, T, D]; maps: of the rows' images, [B, I, h, w, C] a level.
+            key: for the dropout of the context resampler; None for none.
         """
         pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
         latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, draws.posterior))
-        given = (latents, self._image_weights(drawn), *self.decoder_inputs(drawn, hidden, maps))
+        given = (latents, self._image_weights(drawn), *self.decoder_inputs(drawn, hidden, maps, key))
         again = lambda x: jnp.repeat(x, self.config.noise_draws, axis=0)  # noqa: E731
         latents, weights, condition, mask, values, seen = jax.tree.map(again, given)
         if self.config.uncond_prob:
@@ -330,9 +334,9 @@ class MMInterleaved(nnx.Module):
         out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, seen)
         return Denoised(noised, out, condition, weights)
 
-    def decoder_inputs(self, drawn: dict[str, jax.Array], hidden, maps):
+    def decoder_inputs(self, drawn: dict[str, jax.Array], hidden, maps, key=None):
         """Condition, its mask, the synchronizer's values and what may be seen, for the B*K images."""
-        condition, mask = self.condition(hidden, drawn["soi"], drawn["first"])
+        condition, mask = self.condition(hidden, drawn["soi"], drawn["first"], key)
         return condition, mask, self._earlier_values(drawn["earlier"], maps), _rows(drawn["seen"])
 
     def _earlier_values(self, earlier: jax.Array, maps) -> list[jax.Array] | None:

@@ -1,4 +1,4 @@
-"""How MM-Interleaved lays a conversation out as one stream (spec section 1). numpy only, no JAX.
+"""How MM-Interleaved lays a conversation out as one stream (docs/mm_interleaved.md 1). numpy only, no JAX.
 
 Each conversation is a causal sequence; every image, whoever shows it, takes one start-of-image token
 (soi) and `image_tokens` slots::
@@ -11,6 +11,7 @@ never are. A slot holds the visual token of its image, so everything after an im
 picture itself is a target of the image decoder where `draw` is 1.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from umm_jax.stream import Feature, Stream, StreamSpec
 
 # Rows of the tables of relative image indices where a config does not say: the release's.
 BACKBONE_IMAGES, DECODER_IMAGES = 50, 10
+SPELT_BOX = re.compile(r"<box>\s*\((\d{3}),(\d{3})\)\((\d{3}),(\d{3})\)\s*</box>")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class LayoutConfig:
         prefixes: what opens a turn of each role: a control piece, or plain text.
         turn_end: control piece that closes a turn; the assistant learns to predict it.
         box_format: "loc" writes a box as four location pieces `<locK>` of `box_bins` + 1 bins between
-            <box> and </box>; "text" as the release does, "(x1,y1)(x2,y2)" in thousandths.
+            <box> and </box>; "text" as the release does, "(x1,y1)(x2,y2)" in thousandths between the same
+            tags, which are spelt in letters where the tokenizer has no pieces for them.
     """
 
     image_size: int = 224
@@ -60,6 +63,27 @@ class LayoutConfig:
             raise ConfigError("image_size, target_size, image_tokens and box_bins must be positive")
 
 
+def layout_of(model: Mapping[str, Any] | Any) -> LayoutConfig:
+    """The layout of a `model` section (a mapping, of which only `layout` is read) or of a ModelConfig."""
+    if isinstance(model, Mapping):
+        return from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
+    return model.layout
+
+
+def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
+    """What a tokenizer trained for this family holds beside words: pieces that are never part of a text."""
+    layout = layout_of(model)
+    pieces = [text for text in layout.prefixes.values() if _is_piece(text)]
+    pieces += [layout.turn_end, layout.soi, layout.image]
+    if layout.box_format == "loc":
+        pieces += ["<box>", "</box>", *(f"<loc{i}>" for i in range(layout.box_bins + 1))]
+    return list(dict.fromkeys(pieces))
+
+
+def _is_piece(text: str) -> bool:
+    return text.startswith("<") and text.endswith(">")
+
+
 class Serializer:
     """Conversation -> Stream, and reply tokens -> parts.
 
@@ -70,12 +94,9 @@ class Serializer:
     """
 
     def __init__(self, model: Mapping[str, Any] | Any, tokenizer: Any):
-        if isinstance(model, Mapping):
-            self.layout = from_dict(LayoutConfig, model.get("layout", {}), "config.model.layout")
-            self.most_images = _most_images_of(model)
-        else:
-            self.layout, self.most_images = model.layout, model.most_images
-        layout, self.tokenizer = self.layout, tokenizer
+        layout = self.layout = layout_of(model)
+        self.most_images = _most_images_of(model) if isinstance(model, Mapping) else model.most_images
+        self.tokenizer = tokenizer
         self.bos = tokenizer.id("<s>")
         self.soi, self.slot = tokenizer.id(layout.soi), tokenizer.id(layout.image)
         self.end = tokenizer.id(layout.turn_end)
@@ -85,8 +106,8 @@ class Serializer:
                 f"{layout.soi_id}; set it to {self.soi}"
             )
         self.prefix = {role: self._prefix(text) for role, text in layout.prefixes.items()}
+        self.box = self._box_pieces()
         if layout.box_format == "loc":
-            self.box = tokenizer.id("<box>"), tokenizer.id("</box>")
             self.locs = [tokenizer.id(f"<loc{i}>") for i in range(layout.box_bins + 1)]
         side = layout.image_size
         images = {
@@ -107,9 +128,17 @@ class Serializer:
         )
 
     def _prefix(self, text: str) -> list[int]:
-        if text.startswith("<") and text.endswith(">"):
+        if _is_piece(text):
             return [self.tokenizer.id(text)]
         return self.tokenizer.encode(text)
+
+    def _box_pieces(self) -> tuple[int, int] | None:
+        try:
+            return self.tokenizer.id("<box>"), self.tokenizer.id("</box>")
+        except ConfigError:
+            if self.layout.box_format == "loc":
+                raise
+            return None
 
     # --- conversation to stream -------------------------------------------------------------------
 
@@ -186,7 +215,10 @@ class Serializer:
         if isinstance(part, Box):
             if self.layout.box_format == "text":
                 x1, y1, x2, y2 = (min(int(v * 1000), 999) for v in part.xyxy)
-                return self.tokenizer.encode(f"<box>({x1:03d},{y1:03d})({x2:03d},{y2:03d})</box>")
+                corners = f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
+                if self.box is None:
+                    return self.tokenizer.encode(f"<box>{corners}</box>")
+                return [self.box[0], *self.tokenizer.encode(corners), self.box[1]]
             bins = [self.locs[round(v * self.layout.box_bins)] for v in part.xyxy]
             return [self.box[0], *bins, self.box[1]]
         kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
@@ -221,6 +253,8 @@ class Serializer:
             last_image: reference of the newest image, which boxes are about.
         """
         parts, run, i, ids = [], [], 0, [int(t) for t in ids]
+        if self.layout.box_format == "text":
+            return self._spelt_parts(self._decode(ids), last_image)
 
         def flush():
             text = self.tokenizer.decode(run).strip()
@@ -240,8 +274,30 @@ class Serializer:
         flush()
         return parts
 
+    def _decode(self, ids: list[int]) -> str:
+        """Text of `ids` with the box tags in letters, which as control pieces would decode to nothing."""
+        if self.box is None:
+            return self.tokenizer.decode(ids)
+        tags, text, start = dict(zip(self.box, ("<box>", "</box>"))), "", 0
+        for i, piece in enumerate(ids):
+            if piece in tags:
+                text += self.tokenizer.decode(ids[start:i]) + tags[piece]
+                start = i + 1
+        return text + self.tokenizer.decode(ids[start:])
+
+    def _spelt_parts(self, text: str, last_image: str | None) -> list[Part]:
+        parts, start = [], 0
+        for found in SPELT_BOX.finditer(text) if last_image is not None else ():
+            # The middle of what a number stands for: written again, it gives the same number.
+            x1, y1, x2, y2 = ((int(v) + 0.5) / 1000 for v in found.groups())
+            if x1 < x2 and y1 < y2:
+                parts += [Text(text[start : found.start()].strip()), Box(last_image, (x1, y1, x2, y2))]
+                start = found.end()
+        parts.append(Text(text[start:].strip()))
+        return [part for part in parts if part != Text("")]
+
     def _box(self, ids: list[int]) -> tuple[float, float, float, float] | None:
-        if self.layout.box_format != "loc" or len(ids) < 6 or (ids[0], ids[5]) != self.box:
+        if len(ids) < 6 or (ids[0], ids[5]) != self.box:
             return None
         if any(t not in self.locs for t in ids[1:5]):
             return None
@@ -273,7 +329,7 @@ def _most_images_of(model: Mapping[str, Any]) -> int | None:
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:
     """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3] -> [side, side, 3].
 
-    Halves by box filter while the short side is at least twice too long, then bicubic (spec section 8).
+    Halves by box filter while the short side is at least twice too long, then bicubic (docs section 8).
     """
     h, w = pixels.shape[:2]
     if (h, w) == (side, side):

@@ -1,0 +1,151 @@
+"""What a family must offer, module by module: all that training, replies, evaluation and tools ask of one.
+
+These are protocols: a family imports nothing from here but :class:`Reply`, and fits by offering the names.
+Loads no JAX, so that type hints cost nothing where arrays are not touched.
+
+    config.py      ModelConfig                        -> ModelConfig
+    stream.py      Serializer, control_pieces         -> StreamPart, Serializer
+    model.py       build(config, rngs)                -> ModelPart, Model (AutoencoderModel)
+    generate.py    Replier                            -> GeneratePart, Replier
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from umm_jax.config import ReplySettings
+from umm_jax.conversation import Conversation, ImageData, Turn
+from umm_jax.stream import Stream, StreamSpec
+
+if TYPE_CHECKING:
+    import jax
+    from flax import nnx
+
+Batch = Mapping[
+    str, Mapping[str, "jax.Array"]
+]  # {"tokens": {name: [B, T, ...]}, "images": {name: [B, I, ...]}}
+Sums = Mapping[str, "jax.Array"]
+Pairs = Mapping[str, tuple["jax.Array", "jax.Array"]]
+
+
+# --- config.py ------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """The `model` section of a run: a frozen dataclass that ``config.from_dict`` can build.
+
+    It raises ConfigError where its parts do not fit together, and every field has a default: a checkpoint
+    saved before a field existed is read with it.
+    """
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding: the most pieces a tokenizer may have."""
+
+
+class ConfigPart(Protocol):
+    ModelConfig: type[ModelConfig]
+
+
+# --- stream.py: numpy only ------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Serializer(Protocol):
+    """Made as ``Serializer(model, tokenizer)``; `model` is the plain section of a config, or a ModelConfig.
+
+    Must be picklable: data workers are given it. Raises DataError for what the family cannot express.
+    """
+
+    @property
+    def spec(self) -> StreamSpec:
+        """The features of every Stream it makes."""
+
+    def __call__(self, conversation: Conversation) -> Stream:
+        """The whole conversation, with loss where its turns say so."""
+
+    def prompt(self, conversation: Conversation) -> Stream:
+        """The conversation and the opening of an assistant turn: what a reply continues."""
+
+
+class StreamPart(Protocol):
+    Serializer: type[Serializer]
+
+    def control_pieces(self, model: Mapping[str, Any] | ModelConfig) -> list[str]:
+        """The pieces a tokenizer must hold that are never part of a text, in the order of their ids."""
+
+
+# --- model.py: no files, no flags -----------------------------------------------------------------
+
+
+@runtime_checkable
+class Model(Protocol):
+    """An ``nnx.Module``. Both methods name the same parts, one coefficient in ``train.loss`` for each.
+
+    loss = sum over parts of coefficient * sum of numerators / sum of weights, over the whole batch however it
+    is cut into microbatches: so numerators must be sums over rows, and weights depend on the data alone.
+    """
+
+    def loss_weights(self, batch: Batch) -> Sums:
+        """{part: denominator}, scalars."""
+
+    def loss_sums(self, batch: Batch, key: "jax.Array") -> tuple[Sums, Pairs]:
+        """({part: numerator}, {metric: (sum, weight)}), scalars; all randomness comes from `key`."""
+
+
+@runtime_checkable
+class AutoencoderModel(Model, Protocol):
+    """A model with a module called ``autoencoder``, which ``train.objective="autoencoder"`` trains alone.
+
+    The methods are those of :class:`Model` with the one part "autoencoder".
+    """
+
+    def autoencoder_weights(self, batch: Batch) -> Sums: ...
+
+    def autoencoder_sums(self, batch: Batch, key: "jax.Array") -> tuple[Sums, Pairs]: ...
+
+
+class ModelPart(Protocol):
+    def build(self, config: Any, rngs: "nnx.Rngs") -> "Model":
+        """The module with fresh parameters, each with logical axis names (see ``models.layers.param``)."""
+
+
+# --- generate.py ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Reply:
+    """An assistant turn, the images it brings by name, and why it ended: "end" or "tokens"."""
+
+    turn: Turn
+    images: dict[str, ImageData] = field(default_factory=dict)
+    stopped: str = "end"
+
+
+@runtime_checkable
+class Replier(Protocol):
+    """Made as ``Replier(config, params, tokenizer)``.
+
+    Attributes:
+        params: the parameters replies are made with; may be replaced by others of the same shapes, and by
+            None while they are in use elsewhere.
+    """
+
+    params: Any
+
+    def reply(
+        self,
+        conversations: Sequence[Conversation],
+        settings: ReplySettings | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Reply]:
+        """One reply for each conversation, which depends on it, the settings and its seed alone.
+
+        Raises:
+            DataError: a conversation that cannot be answered. ConfigError: settings the model cannot follow.
+        """
+
+
+class GeneratePart(Protocol):
+    Replier: type[Replier]
