@@ -11,7 +11,7 @@ from flax import nnx
 
 from umm_jax import families
 from umm_jax.config import ReplySettings
-from umm_jax.conversation import Box, Conversation, Image, ImageData, TaskCall, Text, Turn
+from umm_jax.conversation import Box, Conversation, TaskCall, Text, Turn
 from umm_jax.data.packing import batch, pack_row
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import ConfigError, DataError
@@ -384,7 +384,8 @@ def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     drawn = []
     for guidance in (1.0, 3.0):
         settings = ReplySettings(mode="image", max_tokens=2, max_images=1, image_steps=3, guidance=guidance)
-        (image,) = replier.reply([ask(3)], settings, [5])[0].images.values()
+        asked = toy.conversation(3).with_turn(Turn("user", (Text("make it blue"),)))
+        (image,) = replier.reply([asked], settings, [5])[0].images.values()
         drawn.append(image.array())
     assert drawn[0].shape == (toy.SIDE, toy.SIDE, 3) and not np.array_equal(*drawn)
 
@@ -421,96 +422,3 @@ def test_parts_that_do_not_fit_together_are_named(section, field, value, said):
     changed = toy.model_section()[section] | {field: value}
     with pytest.raises(ConfigError, match=said):
         toy.model_config(**{section: changed})
-
-
-# --- replies ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def replier(config, model):
-    return Replier(config, nnx.to_pure_dict(nnx.split(model)[1]), toy.Words(), round_tokens=16)
-
-
-def ask(seed, text="make it blue"):
-    return toy.conversation(seed).with_turn(Turn("user", (Text(text),)))
-
-
-def test_reading_in_pieces_equals_reading_at_once(config, model, replier):
-    """What the memory holds after a forced drawing is what one pass over the finished stream gives."""
-    conversation = ask(3)
-    settings = ReplySettings(mode="image", max_tokens=4, max_images=1, image_steps=2)
-    reply = replier.reply([conversation], settings, [5])[0]
-    assert isinstance(reply.turn.parts[0], Image)
-    streams = [replier.serializer.prompt(conversation)]
-    data = replier._collate(streams, settings)
-    memory, last = replier._read(replier.params, data, capacity=64)
-    soi = jnp.array([[replier.serializer.soi]])
-    memory, last = replier._extend(model, memory, model.embed_tokens(soi), jnp.array([1]))
-    picture = reply.images[reply.turn.parts[0].ref].array()
-    memory, last = replier._look(replier.params, memory, picture[None], np.array([True]), last)
-
-    finished = conversation.with_turn(Turn("assistant", reply.turn.parts[:1]), reply.images)
-    stream = replier.serializer(finished)
-    whole = rows(config, [[stream]])
-    visual, maps = model.look(whole["images"]["pixels"])
-    hidden = model.hidden(whole, visual, maps)[0]
-    n = int(memory.length[0])
-    assert n == len(stream["tokens"]["ids"]) - 1  # the end of the turn was not read
-    np.testing.assert_allclose(memory.hidden[0, :n], hidden[:n], atol=2e-5)
-    np.testing.assert_allclose(last[0], hidden[n - 1], atol=2e-5)
-
-
-def test_a_reply_does_not_depend_on_its_batch(replier):
-    settings = ReplySettings(max_tokens=6, max_images=1, image_steps=2, temperature=1.0)
-    asked = [
-        ask(3),
-        toy.conversation(4, 1).with_turn(Turn("user", (Text("what is it"),))),
-        ask(5, "draw a circle"),
-    ]
-    together = replier.reply(asked, settings, [11, 12, 13])
-    for conversation, seed, reply in zip(asked, [11, 12, 13], together, strict=True):
-        alone = replier.reply([conversation], settings, [seed])[0]
-        assert [type(p) for p in alone.turn.parts] == [type(p) for p in reply.turn.parts]
-        assert [p for p in alone.turn.parts if isinstance(p, Text)] == [
-            p for p in reply.turn.parts if isinstance(p, Text)
-        ]
-        for ref, image in alone.images.items():
-            difference = image.array().astype(int) - reply.images[ref].array().astype(int)
-            assert np.abs(difference).max() <= 1
-
-
-def test_mode_decides_whether_an_image_may_be_drawn(replier):
-    for seed in range(3):
-        drawn = replier.reply([ask(seed)], ReplySettings(mode="image", max_tokens=3, image_steps=1), [seed])[
-            0
-        ]
-        assert isinstance(drawn.turn.parts[0], Image) and len(drawn.images) == 1
-        text = replier.reply([ask(seed)], ReplySettings(mode="text", max_tokens=8, temperature=2.0), [seed])[
-            0
-        ]
-        assert not text.images
-
-
-def test_a_reply_continues_a_conversation(replier):
-    conversation = ask(3)
-    reply = replier.reply([conversation], ReplySettings(mode="image", max_tokens=3, image_steps=1), [0])[0]
-    longer = conversation.with_turn(reply.turn, reply.images).with_turn(Turn("user", (Text("what is it"),)))
-    longer.validate()
-    assert isinstance(reply.images[reply.turn.parts[0].ref], ImageData)
-    assert replier.reply([longer], ReplySettings(mode="text", max_tokens=3), [0])[0].turn.role == "assistant"
-
-
-def test_a_reply_looks_back_at_as_many_images_as_the_model_can(replier):
-    """Seven in the toy; padding, which rounds to four, must not make them eight."""
-    full = toy.conversation(6, 7).with_turn(Turn("user", (Text("what is it"),)))
-    assert len(full.images) == 7
-    assert replier.reply([full], ReplySettings(mode="text", max_tokens=2), [0])[0].turn.role == "assistant"
-    with pytest.raises(DataError, match="7 images shown and 1 to come: this model looks back at 7"):
-        replier.reply([full], ReplySettings(max_tokens=2), [0])
-
-
-@pytest.mark.parametrize("turns", [(), toy.conversation(0, 1).turns])
-def test_nothing_to_answer_is_an_error(replier, turns):
-    images = toy.conversation(0, 1).images if turns else {}
-    with pytest.raises(DataError, match="ends with a user turn"):
-        replier.reply([Conversation("e", turns, images)])

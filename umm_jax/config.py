@@ -200,6 +200,7 @@ class GroupConfig:
         weight_decay: decoupled, times the learning rate.
         decay_vectors: whether parameters of fewer than two dimensions (counted without the layers axis)
             are decayed too.
+        no_decay: substrings of the paths that are not decayed whatever their dimensions.
     """
 
     match: tuple[str, ...] = ()
@@ -207,6 +208,7 @@ class GroupConfig:
     lr_scale: float = 1.0
     weight_decay: float = 0.0
     decay_vectors: bool = False
+    no_decay: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,10 @@ class ReplySettings:
         mode: "auto" lets the model choose, "text" forbids images, "image" draws first.
         max_tokens, max_images: bounds of one reply.
         temperature: 0 is greedy; top_p: nucleus mass.
+        beams: running texts of a beam search; 1 is none. Its texts are ranked by log-probability over
+            length ** length_penalty.
+        min_tokens: tokens before a turn may end or an image begin, in each run of text.
+        repetition_penalty: above 1, makes what was written in this reply less likely to come again.
         image_steps, guidance: solver steps, and guidance scale (1 is none); None is the model's schedule's.
     """
 
@@ -283,6 +289,10 @@ class ReplySettings:
     max_images: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
     image_steps: int | None = None
     guidance: float | None = None
 
@@ -291,6 +301,12 @@ class ReplySettings:
             raise ConfigError("temperature must be >= 0 and top_p in (0, 1]")
         if self.max_tokens < 1 or (self.image_steps is not None and self.image_steps < 1):
             raise ConfigError("max_tokens and image_steps must be at least 1")
+        if self.beams < 1 or (self.beams > 1 and self.temperature > 0):
+            raise ConfigError(f"beams={self.beams}: at least 1, and a beam search goes with temperature 0")
+        if self.min_tokens < 0 or self.min_tokens >= self.max_tokens:
+            raise ConfigError(f"min_tokens={self.min_tokens} must be below max_tokens={self.max_tokens}")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty must be positive, it is {self.repetition_penalty:g}")
         if self.max_images < (1 if self.mode == "image" else 0):
             raise ConfigError(f"max_images={self.max_images} does not go with mode={self.mode!r}")
 

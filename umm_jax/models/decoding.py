@@ -26,3 +26,9 @@ def choose_token(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top
     nucleus = jnp.where(scaled >= cutoff, scaled, -jnp.inf)
     sampled = jax.vmap(jax.random.categorical)(keys, nucleus)
     return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
+
+
+def penalize(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Repetition penalty: scores [B, V] of tokens `seen` before are divided by `penalty` where positive, and
+    multiplied by it elsewhere (Keskar et al. 2019, arXiv 1909.05858, section 4.1)."""
+    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)

@@ -282,13 +282,16 @@ class ClipAdapter(nnx.Module):
         make_layers, states = grouped(self.clip.layers, self.config.blocks)
 
         def step(block: Interaction, carry, state):
-            x, c = carry
-            x = jnp.concatenate([x[:, :1], block.injector(x[:, 1:], c)], axis=1)
-            x = self.clip.run(make_layers(state), x)
-            c = block.extractor(c, x[:, 1:])
+            x, c = self.block(block, make_layers(state), *carry)
             return (x, c), x[:, 1:]
 
         return L.scan(self.interactions, step, (x, c), states)
+
+    def block(self, block: Interaction, layers: nnx.Module, x, c) -> tuple[jax.Array, jax.Array]:
+        """One interaction block: patches read the maps, run through `layers`, and are read by the maps."""
+        x = jnp.concatenate([x[:, :1], block.injector(x[:, 1:], c)], axis=1)
+        x = self.clip.run(layers, x)
+        return x, block.extractor(c, x[:, 1:])
 
 
 def split_maps(tokens: jax.Array, sides: tuple[int, ...]) -> list[jax.Array]:

@@ -224,6 +224,7 @@ class Optimizer:
             }
         if group.weight_decay == 0:
             decayed = set()
+        decayed = {p for p in decayed if not any(text in p for text in group.no_decay)}
         return Rule(f"group{index}_{kind}", group, tuple(paths), transform, frozenset(decayed))
 
     def describe(self, params: Tree) -> list[str]:

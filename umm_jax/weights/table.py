@@ -131,6 +131,20 @@ class Table:
         found = {r.theirs: _turned_shape(r, ours[r.path]) for r in self.rules}
         return found | {c.theirs: c.value().shape for c in self.constants}
 
+    def fill(self, ours: Mapping[str, Shape], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+        """{path: array} of every parameter, from tensors that `read` gives by name: for models that fit in
+        memory twice. Constants are not looked at."""
+        made: dict[str, np.ndarray] = {}
+        for rule in self.rules:
+            part = TURNS[rule.how].ours(np.asarray(read(rule.theirs)))
+            if rule.index == ():
+                made[rule.path] = part
+            else:
+                if rule.path not in made:
+                    made[rule.path] = np.zeros(ours[rule.path], part.dtype)
+                made[rule.path][rule.index] = part
+        return made
+
     def check(self, ours: Mapping[str, Shape]) -> None:
         """Every element of every parameter is made exactly once, and every name stands once.
 

@@ -1,54 +1,55 @@
-"""Replies of MM-Interleaved: cached text decoding, image sampling, and the loop of both (docs section 9).
+"""Replies of MM-Interleaved: from conversations to ids, through the engine, and back (docs section 9).
 
-All rows of a batch move together through four compiled functions: read the prompt, write text until a
-stop, draw, read the drawn picture back. Nothing is recomputed: keys, values, hidden states and image
-features of what has been read are kept in a :class:`Memory`.
+What a batch of conversations has read is kept from one call to the next: a conversation that goes on reads
+its new turns only, without looking at its pictures again, and one that was edited goes on from the change.
 """
 
+import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.contract import Reply
 from umm_jax.families.mm_interleaved.config import ModelConfig
-from umm_jax.families.mm_interleaved.model import MMInterleaved, build
+from umm_jax.families.mm_interleaved.engine import NOWHERE, Engine, Memory, TextSettings
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
-from umm_jax.models.backbone import Cache
-from umm_jax.models.decoding import choose_token
-from umm_jax.models.layers import Keys
-from umm_jax.stream import Feature, Stream
+from umm_jax.stream import Stream
 
-# Why a row stopped writing text.
-LIMIT, END, DRAW = 0, 1, 2
-# An image slot that holds nothing yet begins beyond every token.
-NOWHERE = np.int32(2**30)
+# Why a row stopped writing text, as the engine counts the stops it is given.
+END, DRAW = 1, 2
 
 
-class Memory(NamedTuple):
-    """What a batch of conversations has read: B rows, capacity for S tokens and I images.
+@dataclass
+class Read:
+    """What one row has read: ids, and for each image the column of its soi and a digest of its pixels."""
 
-    Attributes:
-        cache: keys and values; hidden: final hidden states [B, S, D].
-        length: tokens read [B]; count: images read [B].
-        soi: column of each image's soi [B, I], NOWHERE where there is none.
-        features: multi-scale maps, [B, I, h, w, C] a level.
-        values: what the backbone's synchronizer layers sample of them, [G, B, I, V, heads, H], or None.
-    """
+    ids: list[int] = field(default_factory=list)
+    soi: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
 
-    cache: Cache
-    hidden: jax.Array
-    length: jax.Array
-    count: jax.Array
-    soi: jax.Array
-    features: tuple[jax.Array, ...]
-    values: jax.Array | None
+    def see(self, soi: int, pixels: np.ndarray) -> None:
+        """Notes an image whose soi stands at column `soi`."""
+        self.soi.append(soi)
+        self.digests.append(hashlib.sha256(np.ascontiguousarray(pixels)).digest())
+
+    def shared(self, other: "Read", slots: int) -> tuple[int, int]:
+        """(tokens, images) at the beginning of both that are equal; no image is cut."""
+        pairs = zip(self.ids, other.ids)
+        tokens = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(other.ids)))
+        images = 0
+        for soi, mine, theirs in zip(self.soi, self.digests, other.digests):
+            if soi + 1 + slots > tokens or mine != theirs:
+                return min(tokens, soi + 1), images
+            images += 1
+        # An image that only one of them has begins where they part, at the latest.
+        rest = [s[images] + 1 for s in (self.soi, other.soi) if len(s) > images]
+        return min([tokens, *rest]), images
 
 
 class Replier:
@@ -58,21 +59,34 @@ class Replier:
         config: the family's ModelConfig; params: nested dict of arrays; tokenizer: the run's tokenizer.
         round_tokens, round_images: capacities are rounded up to multiples of these, so that few shapes are
             compiled.
+        keep: whether to go on, in the next call, from what was read in this one. It costs the memory of one
+            batch between calls.
     """
 
     def __init__(
-        self, config: ModelConfig, params, tokenizer, *, round_tokens: int = 64, round_images: int = 4
+        self,
+        config: ModelConfig,
+        params,
+        tokenizer,
+        *,
+        round_tokens: int = 64,
+        round_images: int = 4,
+        keep: bool = True,
     ):
-        self.config, self.params = config, params
+        self.config = config
         self.serializer = Serializer(config, tokenizer)
-        self.round_tokens, self.round_images = round_tokens, round_images
-        self.never = self.serializer.never_written(config.backbone.vocab)
-        self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, Keys(0))))[0]
-        self.most_images = config.most_images
-        self._read = jax.jit(self._read_prompt, static_argnames="capacity")
-        self._write = jax.jit(self._write_text, static_argnames="limit")
-        self._draw = jax.jit(self._draw_image, static_argnames=("steps", "guided"))
-        self._look = jax.jit(self._look_back)
+        self.engine = Engine(config, params, self.serializer.never_written(config.backbone.vocab))
+        self.round_tokens, self.round_images, self.keep = round_tokens, round_images, keep
+        self._kept: tuple[list[Read], Memory] | None = None
+
+    @property
+    def params(self):
+        """The parameters replies are made with. Setting them forgets what was read with others."""
+        return self.engine.params
+
+    @params.setter
+    def params(self, params) -> None:
+        self.engine.params, self._kept = params, None
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -97,22 +111,13 @@ class Replier:
             if not c.turns or c.turns[-1].role == "assistant":
                 raise DataError(f"record {c.id}: a reply needs a conversation that ends with a user turn")
         settings = settings or ReplySettings()
-        schedule = self.config.schedule
-        steps = schedule.sample_steps if settings.image_steps is None else settings.image_steps
-        guidance = schedule.guidance if settings.guidance is None else settings.guidance
-        if guidance != 1 and not self.config.uncond_prob:
-            raise ConfigError(
-                f"guidance {guidance:g}: this model never drew without its condition (uncond_prob 0); use 1"
-            )
-        seeds = list(range(len(conversations))) if seeds is None else list(seeds)
+        steps, guidance = self._drawing(settings)
         if not conversations:
             return []
-        rows = len(conversations)
-        streams = [self.serializer.prompt(c) for c in conversations]
-        batch = self._collate(streams, settings)
-        capacity = self._capacity(batch["ids"].shape[1], settings)
+        rows, side = len(conversations), self.serializer.layout.image_size
+        seeds = list(range(rows)) if seeds is None else list(seeds)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        memory, last = self._read(self.params, batch, capacity=capacity)
+        read, memory = self._read_prompts([self.serializer.prompt(c) for c in conversations], settings)
 
         runs: list[list[list[int]]] = [[[]] for _ in range(rows)]
         pictures: list[list[np.ndarray]] = [[] for _ in range(rows)]
@@ -120,91 +125,144 @@ class Replier:
         active = np.ones(rows, bool)
         budget = np.full(rows, settings.max_tokens)
         drawn = np.zeros(rows, np.int32)
-        sampling = (jnp.float32(settings.temperature), jnp.float32(settings.top_p))
+        text = self._text_settings(settings)
+        seen = np.zeros((rows, self.config.vocab), bool) if settings.repetition_penalty != 1 else None
         while active.any():
-            forbid = (drawn >= settings.max_images) | (settings.mode == "text")
-            force = (drawn == 0) & (settings.mode == "image")
-            memory, last, ids, written, stop = self._write(
-                self.params,
+            memory, written = self.engine.write(
                 memory,
-                last,
-                keys,
-                active,
-                budget,
-                forbid,
-                force,
-                sampling,
+                text,
                 limit=settings.max_tokens,
+                keys=keys,
+                active=active,
+                budget=budget,
+                forbid=(drawn >= settings.max_images) | (settings.mode == "text"),
+                force=(drawn == 0) & (settings.mode == "image"),
+                seen=seen,
             )
-            ids, written, stop = np.asarray(ids), np.asarray(written), np.asarray(stop)
-            budget -= np.where(active, written, 0)
+            budget -= np.where(active, written.count, 0)
             for b in np.flatnonzero(active):
-                runs[b][-1] += ids[b, : written[b]].tolist()
-                if stop[b] == END:
+                ids = written.ids[b, : written.count[b]].tolist()
+                runs[b][-1] += ids
+                read[b].ids += ids[:-1] if written.stop[b] == END else ids
+                if seen is not None:
+                    seen[b, ids] = True
+                if written.stop[b] == END:
                     stopped[b] = "end"
-            active &= stop == DRAW
+            active &= written.stop == DRAW
             if not active.any():
                 break
-            pixels = np.asarray(
-                self._draw(
-                    self.params,
-                    memory,
-                    jax.vmap(jax.random.fold_in)(keys, jnp.asarray(1_000_000 + drawn)),
-                    jnp.float32(guidance),
-                    steps=steps,
-                    guided=guidance != 1,
-                )
-            )
-            side = self.serializer.layout.image_size
-            seen = np.stack([fit(p, side) for p in pixels])
-            memory, last = self._look(self.params, memory, seen, active, last)
+            draw_keys = jax.vmap(jax.random.fold_in)(keys, jnp.asarray(1_000_000 + drawn))
+            pixels = self.engine.draw(memory, draw_keys, guidance=guidance, steps=steps)
+            shown = np.stack([fit(p, side) for p in pixels])
+            memory = self.engine.look(memory, shown, active)
             for b in np.flatnonzero(active):
                 pictures[b].append(pixels[b])
                 runs[b].append([])
+                read[b].see(len(read[b].ids) - 1, shown[b])
+                read[b].ids += [self.serializer.slot] * self.serializer.layout.image_tokens
             drawn += active
-            finished = active & (budget <= 0)
-            active &= ~finished
+            active &= budget > 0
+        self._kept = (read, memory) if self.keep else None
         return [
             self._assemble(c, r, p, s)
             for c, r, p, s in zip(conversations, runs, pictures, stopped, strict=True)
         ]
 
-    def _capacity(self, prompt: int, settings: ReplySettings) -> int:
-        images = 0 if settings.mode == "text" else settings.max_images
-        need = prompt + settings.max_tokens + images * (1 + self.serializer.layout.image_tokens)
-        return -(-need // self.round_tokens) * self.round_tokens
+    def _drawing(self, settings: ReplySettings) -> tuple[int, float]:
+        """Sampling steps and guidance scale."""
+        schedule = self.config.schedule
+        steps = schedule.sample_steps if settings.image_steps is None else settings.image_steps
+        guidance = schedule.guidance if settings.guidance is None else settings.guidance
+        if guidance != 1 and not self.config.uncond_prob:
+            raise ConfigError(
+                f"guidance {guidance:g}: this model never drew without its condition (uncond_prob 0); use 1"
+            )
+        return steps, guidance
 
-    def _collate(self, streams: Sequence[Stream], settings: ReplySettings) -> dict[str, np.ndarray]:
-        """Right-padded prompts, with room for the images to come."""
-        most_tokens = max(len(s["tokens"]["ids"]) for s in streams)
-        tokens = -(-most_tokens // self.round_tokens) * self.round_tokens
-        shown = max(len(s["images"]["soi"]) for s in streams)
-        most_images = shown + (0 if settings.mode == "text" else settings.max_images)
-        images = -(-max(most_images, 1) // self.round_images) * self.round_images
-        if self.most_images is not None:
-            if most_images > self.most_images:
-                raise DataError(
-                    f"{shown} images shown and {most_images - shown} to come: this model looks back at "
-                    f"{self.most_images} at most (max_images of its synchronizers); shorten the "
-                    "conversation, or ask for text alone (reply.mode=text)"
-                )
-            images = min(images, self.most_images)
-        spec = self.serializer.spec
+    def _text_settings(self, settings: ReplySettings) -> TextSettings:
+        return TextSettings(
+            (self.serializer.end, self.serializer.soi),
+            settings.temperature,
+            settings.top_p,
+            settings.repetition_penalty,
+            settings.min_tokens,
+            settings.beams,
+            settings.length_penalty,
+        )
 
-        def pad(arrays, length, feature: Feature):
-            out = np.full((len(arrays), length, *feature.shape), feature.pad, feature.dtype)
-            for row, array in zip(out, arrays, strict=True):
-                row[: len(array)] = array
-            return out
+    # --- reading ----------------------------------------------------------------------------------
 
+    def _read_prompts(self, streams: Sequence[Stream], settings: ReplySettings) -> tuple[list[Read], Memory]:
+        """Reads the prompts, from where the last batch already read them."""
+        wanted = []
+        for stream in streams:
+            note = Read(stream["tokens"]["ids"].tolist())
+            for soi, pixels in zip(stream["images"]["soi"].tolist(), stream["images"]["pixels"]):
+                note.see(soi, pixels)
+            wanted.append(note)
+        tokens, images = self._capacity(wanted, settings)
+        had, memory = self._shared(wanted)
+        if memory is None:
+            memory = self.engine.empty(len(streams), tokens, images)
+        else:
+            memory = self.engine.rewind(memory, *map(np.array, zip(*had)))
+            memory = self.engine.reserve(memory, tokens, images)
+        if any(had[b] != (len(n.ids), len(n.soi)) for b, n in enumerate(wanted)):
+            memory = self.engine.read(memory, self._collate(streams, had))
+        return wanted, memory
+
+    def _capacity(self, wanted: Sequence[Read], settings: ReplySettings) -> tuple[int, int]:
+        """Room for the prompts and what may be written and drawn, rounded up."""
+        more = 0 if settings.mode == "text" else settings.max_images
+        tokens = max(len(n.ids) for n in wanted) + settings.max_tokens
+        tokens += more * (1 + self.serializer.layout.image_tokens)
+        shown = max(len(n.soi) for n in wanted)
+        most = self.config.most_images
+        if most is not None and shown + more > most:
+            raise DataError(
+                f"{shown} images shown and {more} to come: this model looks back at {most} at most "
+                "(max_images of its synchronizers); shorten the conversation, or ask for text alone "
+                "(reply.mode=text)"
+            )
+        images = _up(max(shown + more, 1), self.round_images)
+        return _up(tokens, self.round_tokens), images if most is None else min(images, most)
+
+    def _shared(self, wanted: Sequence[Read]) -> tuple[list[tuple[int, int]], Memory | None]:
+        """(tokens, images) of each row that the last batch read, and its memory where that is worth it."""
+        kept, self._kept = self._kept, None
+        nothing = [(0, 0)] * len(wanted)
+        if kept is None or len(kept[0]) != len(wanted):
+            return nothing, None
+        slots = self.serializer.layout.image_tokens
+        shared = [old.shared(new, slots) for old, new in zip(kept[0], wanted)]
+        if any(2 * tokens < len(new.ids) for (tokens, _), new in zip(shared, wanted)):
+            return nothing, None
+        return shared, kept[1]
+
+    def _collate(self, streams: Sequence[Stream], had: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """What is left to read of each stream, right-padded."""
+        spec, rows = self.serializer.spec, len(streams)
+        new = [
+            (len(s["tokens"]["ids"]) - tokens, len(s["images"]["soi"]) - images)
+            for s, (tokens, images) in zip(streams, had)
+        ]
+        length, count = (np.array(n, np.int32) for n in zip(*new))
+        width = _up(int(length.max()), self.round_tokens)
+        most = self.config.most_images
+        images = _up(int(count.max()), self.round_images)
+        images = images if most is None else min(images, most)
         batch = {
-            k: pad([s["tokens"][k] for s in streams], tokens, spec.tokens[k])
-            for k in ("ids", "image", "slot")
+            name: np.full((rows, width), spec.tokens[name].pad, np.int32) for name in ("ids", "image", "slot")
         }
-        batch["pixels"] = pad([s["images"]["pixels"] for s in streams], images, spec.images["pixels"])
-        batch["soi"] = pad([s["images"]["soi"] for s in streams], images, Feature(pad=NOWHERE))
-        batch["length"] = np.array([len(s["tokens"]["ids"]) for s in streams], np.int32)
-        batch["count"] = np.array([len(s["images"]["soi"]) for s in streams], np.int32)
+        batch |= {"length": length, "count": count, "soi": np.full((rows, images), NOWHERE)}
+        batch["pixels"] = np.zeros((rows, images, *spec.images["pixels"].shape), np.uint8)
+        for b, (stream, (tokens, shown)) in enumerate(zip(streams, had)):
+            for name in ("ids", "image", "slot"):
+                batch[name][b, : length[b]] = stream["tokens"][name][tokens:]
+            own = batch["image"][b]
+            own[own >= 0] -= shown
+            for name in ("soi", "pixels"):
+                batch[name][b, : count[b]] = stream["images"][name][shown:]
         return batch
 
     def _assemble(self, conversation: Conversation, runs, pictures, stopped: str) -> Reply:
@@ -222,113 +280,7 @@ class Replier:
                 parts.append(Image(last))
         return Reply(Turn("assistant", tuple(parts)), images, stopped)
 
-    # --- the compiled parts -----------------------------------------------------------------------
 
-    def _model(self, params) -> MMInterleaved:
-        return nnx.merge(self.graphdef, nnx.State(params))
-
-    def _read_prompt(self, params, batch, *, capacity: int):
-        model = self._model(params)
-        rows, images = batch["soi"].shape
-        visual, features = model.look(batch["pixels"])
-        x = model.embed_tokens(batch["ids"], batch["image"], batch["slot"], visual)
-        memory = Memory(
-            cache=model.backbone.empty_cache(rows, capacity, x.dtype),
-            hidden=jnp.zeros((rows, capacity, x.shape[-1]), x.dtype),
-            length=jnp.zeros(rows, jnp.int32),
-            count=batch["count"],
-            soi=batch["soi"],
-            features=features,
-            values=model.backbone.project(model.backbone_maps(features)),
-        )
-        return self._extend(model, memory, x, batch["length"])
-
-    def _extend(self, model: MMInterleaved, memory: Memory, x: jax.Array, new: jax.Array):
-        """Reads `new` [B] more of the tokens embedded in x [B, T, D]; memory and last hidden state."""
-        steps = jnp.arange(x.shape[1])
-        columns = memory.length[:, None] + steps
-        capacity = memory.hidden.shape[1]
-        write = jnp.where(steps < new[:, None], columns, capacity)
-        mask = jnp.arange(capacity) <= columns[..., None]
-        visible = memory.soi[:, None] + 1 <= columns[..., None]
-        hidden, cache = model.backbone(
-            x, columns, mask, values=memory.values, visible=visible, cache=memory.cache, write=write
-        )
-        rows = jnp.arange(x.shape[0])
-        stored = memory.hidden.at[rows[:, None], write].set(hidden, mode="drop")
-        last = hidden[rows, jnp.maximum(new - 1, 0)]
-        return memory._replace(cache=cache, hidden=stored, length=memory.length + new), last
-
-    def _write_text(self, params, memory, last, keys, active, budget, forbid, force, sampling, *, limit: int):
-        """Writes tokens until every active row meets the end of the turn, a soi, or its budget."""
-        model, rows = self._model(params), last.shape[0]
-        soi, end = self.serializer.soi, self.serializer.end
-
-        def step(carry):
-            memory, last, ids, written, stop, running, i = carry
-            logits = model.head(last)
-            logits = logits.at[:, soi].add(jnp.where(forbid, -jnp.inf, 0.0))
-            logits = jnp.where(self.never, -jnp.inf, logits)
-            only = jnp.arange(logits.shape[-1]) == soi
-            logits = jnp.where((force & (i == 0))[:, None] & ~only, -jnp.inf, logits)
-            step_keys = jax.vmap(jax.random.fold_in)(keys, memory.length)
-            token = choose_token(logits, step_keys, *sampling)
-            ids = ids.at[:, i].set(jnp.where(running, token, 0))
-            written = written + running
-            stop = jnp.where(running & (token == end), END, stop)
-            stop = jnp.where(running & (token == soi), DRAW, stop)
-            read = running & (token != end)
-            x = model.embed_tokens(token[:, None])
-            memory, hidden = self._extend(model, memory, x, read.astype(jnp.int32))
-            last = jnp.where(read[:, None], hidden, last)
-            running = running & (stop == LIMIT) & (written < budget)
-            return memory, last, ids, written, stop, running, i + 1
-
-        start = (
-            memory,
-            last,
-            jnp.zeros((rows, limit), jnp.int32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.full(rows, LIMIT),
-            jnp.asarray(active) & (jnp.asarray(budget) > 0),
-            0,
-        )
-        memory, last, ids, written, stop, _, _ = jax.lax.while_loop(
-            lambda c: jnp.any(c[5]) & (c[6] < limit), step, start
-        )
-        return memory, last, ids, written, stop
-
-    def _draw_image(self, params, memory, keys, guidance, *, steps: int, guided: bool):
-        """Samples the image each row's newest token asks for: uint8 [B, side, side, 3]."""
-        model = self._model(params)
-        rows = jnp.arange(memory.length.shape[0])
-        soi = jnp.maximum(memory.length - 1, 0)[:, None]
-        condition, mask = model.condition(memory.hidden, soi, jnp.zeros_like(soi))
-        back = jnp.arange(model.looks_back(memory.soi.shape[1] + 1), 0, -1)
-        earlier = memory.count[:, None] - back
-        features = tuple(f[rows[:, None], jnp.maximum(earlier, 0)] for f in memory.features)
-        visible = earlier >= 0
-        return model.sample(
-            condition, mask, features, visible, keys, guidance if guided else None, steps=steps
-        )
-
-    def _look_back(self, params, memory, pixels, active, last):
-        """Reads the pictures just drawn [B, side, side, 3] into their slots, for the active rows."""
-        model = self._model(params)
-        visual, features = model.look(pixels[:, None])
-        rows = jnp.arange(pixels.shape[0])
-        where = jnp.where(active, memory.count, memory.soi.shape[1])
-        values = model.backbone.project(model.backbone_maps(features))
-        if values is not None:
-            values = memory.values.at[:, rows, where].set(values[:, :, 0], mode="drop")
-        memory = memory._replace(
-            features=tuple(
-                old.at[rows, where].set(new[:, 0], mode="drop") for old, new in zip(memory.features, features)
-            ),
-            soi=memory.soi.at[rows, where].set(memory.length - 1, mode="drop"),
-            count=memory.count + active,
-            values=values,
-        )
-        new = jnp.where(active, visual.shape[2], 0)
-        memory, hidden = self._extend(model, memory, visual[:, 0], new)
-        return memory, jnp.where(active[:, None], hidden, last)
+def _up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple

@@ -205,7 +205,18 @@ class MMInterleaved(nnx.Module):
         return None if self.unet_sync is None else self.unet_sync.project(maps)
 
     def sample(self, condition, mask, maps, visible, keys, guidance, *, steps: int) -> jax.Array:
-        """Draws an image per condition: uint8 [b, side, side, 3]. Without `guidance` there is one branch."""
+        """Draws an image per condition: uint8 [b, side, side, 3]; see :meth:`paint`."""
+        pixels = self.paint(condition, mask, maps, visible, keys, guidance, steps=steps)
+        return jnp.round(pixels * 255).astype(jnp.uint8)
+
+    def paint(self, condition, mask, maps, visible, keys, guidance, *, steps: int, **given) -> jax.Array:
+        """Draws an image per condition: float32 [b, side, side, 3] in [0, 1].
+
+        Args:
+            condition, mask: of :meth:`condition`.
+            maps: [b, N, h, w, C] a level, of images that may be looked at where `visible` [b, N].
+            guidance: scale; None is one branch. given: noise to use in place of drawing it, see the schedule.
+        """
         shape = (condition.shape[0], *self.config.latent_shape)
         values = self._sync_values(maps)
         if guidance is not None:
@@ -220,9 +231,9 @@ class MMInterleaved(nnx.Module):
                 out = guided(out, free, guidance)
             return out.astype(jnp.float32)
 
-        latents = self.schedule.sample(predict, shape, keys, steps)
+        latents = self.schedule.sample(predict, shape, keys, steps, **given)
         pixels = self.autoencoder.decode(latents.astype(self.dtype)).astype(jnp.float32)
-        return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+        return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
     # --- learning ---------------------------------------------------------------------------------
 
