@@ -1,0 +1,152 @@
+"""The published recipe at its real size, without memory: where every parameter lies, and that a step lowers."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from umm_jax import config, families, sharding
+from umm_jax.models.layers import Keys
+from umm_jax.train.optimizer import Optimizer
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "data" / "mm_interleaved_13b_sharding.json"
+RECIPES = ("mm_interleaved_13b", "mm_interleaved_13b_sft")
+MESH = {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+class Shape:
+    """All that ``sharding.param_spec`` asks of a mesh."""
+
+    shape = MESH
+
+
+def abstract(name: str):
+    """(run config, model config, abstract model state)."""
+    run = config.load(ROOT / "configs" / f"{name}.py")
+    family = families.get(run.family)
+    model = config.from_dict(family.config.ModelConfig, run.model, "config.model")
+    return run, model, nnx.split(nnx.eval_shape(lambda: family.model.build(model, Keys(0))))[1]
+
+
+def placements(state) -> dict:
+    """{path: [shape, where each dimension is split]}."""
+    axes, found = sharding.logical_axes(state), {}
+    for path, leaf in nnx.to_flat_state(state):
+        name = "/".join(map(str, path))
+        found[name] = [
+            list(leaf.shape),
+            [*map(str, sharding.param_spec(axes[name], leaf.shape, 4, Shape))],
+        ]
+    return found
+
+
+def test_every_parameter_lies_where_it_lay():
+    """Run this file as a script to write the golden anew after a change of the rules that is meant."""
+    _, _, state = abstract("mm_interleaved_13b")
+    found, golden = placements(state), json.loads(GOLDEN.read_text())
+    assert set(found) == set(golden)
+    moved = {path: (golden[path], found[path]) for path in golden if found[path] != golden[path]}
+    assert not moved
+
+
+def test_the_groups_are_the_published_ones():
+    run, model, state = abstract("mm_interleaved_13b")
+    optimizer = Optimizer(run.optim, run.train.steps, sharding.logical_axes(state))
+    found = {}
+    for rule in optimizer.rules:
+        for path in rule.paths:
+            decay = rule.group.weight_decay if path in rule.decayed else 0.0
+            found[path] = (run.optim.lr * rule.group.lr_scale, decay)
+    assert {p: found[p] for p in EXPECTED} == pytest.approx(EXPECTED)
+    frozen = ("backbone/layers/mlp/up/kernel", "embed/table", "head/base/kernel", "tower/clip/position")
+    assert optimizer.frozen >= {*frozen, "autoencoder/quant/kernel", "unet_sync/mid/core/ignore"}
+    assert (model.vocab, run.data.tokens, run.train.loss) == (32002, 2048, {"text": 1.0, "image": 10.0})
+    learnt = sum(v.size for p, v in nnx.to_flat_state(state) if "/".join(map(str, p)) not in optimizer.frozen)
+    assert 1.4e9 < learnt < 1.6e9
+
+
+EXPECTED = {
+    "backbone/syncs/gate": (1e-4, 0.0),
+    "backbone/syncs/core/offsets/kernel": (1e-5, 0.0),
+    "tower/extra/0/attention/offsets/kernel": (1e-5, 0.0),
+    "backbone/syncs/core/values/kernel": (1e-4, 0.05),
+    "backbone/syncs/core/values/bias": (1e-4, 0.0),
+    "backbone/syncs/query_norm/scale": (1e-4, 0.05),
+    "unet/mid/resnets/0/norm_1/scale": (1e-5, 0.05),
+    "unet/mid/resnets/0/norm_1/bias": (1e-5, 0.0),
+    "unet/mid/attentions/0/blocks/0/norm_1/scale": (1e-5, 0.0),
+    "unet_sync/mid/query_norm/scale": (1e-4, 0.0),
+    "tower/stem/norms/0/scale": (1e-4, 0.05),
+    "tower/level": (1e-4, 0.05),
+    "soi_token": (1e-4, 0.05),
+    "null_condition": (1e-4, 0.05),
+    "visual_resampler/queries": (1e-4, 0.05),
+    "visual_resampler/norm/scale": (1e-4, 0.0),
+    "visual_proj/kernel": (1e-4, 0.05),
+}
+
+LOWER = """
+    import sys
+    import jax, numpy as np
+    from umm_jax import config, families, sharding
+    from umm_jax.train.state import plan
+    from umm_jax.train.step import make_step
+
+    class Pieces:
+        size = 32002
+        ids = {"<s>": 1, "</s>": 2, "<|beginofimage|>": 32000, "<|image|>": 32001}
+        def id(self, piece): return self.ids[piece]
+        def encode(self, text): return []
+
+    # Real widths, few layers: the rules see every kind of parameter, and lowering takes a minute.
+    few = ["backbone.layers=4", "tower.clip_adapter.clip.layers=4", "visual_resampler.layers=2"]
+    few += ["unet.layers_per_block=1", "tower.clip_adapter.extra=1"]
+    over = [f"model.{o}" for o in few] + ["mesh.fsdp=4", "mesh.tensor=2", "data.batch_size=8"]
+    run = config.load(sys.argv[1], over)
+    family = families.get(run.family)
+    model = config.from_dict(family.config.ModelConfig, run.model, "config.model")
+    mesh = sharding.make_mesh(run.mesh)
+    described = plan(lambda rngs: family.model.build(model, rngs), run, mesh)
+    assert not described.report().large_replicated, described.report().large_replicated[:3]
+    spec, home = family.stream.Serializer(model, Pieces()).spec, sharding.batch_sharding(mesh)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct((run.data.batch_size, *shape), np.dtype(dtype), sharding=home)
+
+    batch = {}
+    for axis, count in (("tokens", run.data.tokens), ("images", run.data.images)):
+        batch[axis] = {n: array((count, *f.shape), f.dtype) for n, f in spec.axis(axis).items()}
+        batch[axis] |= {n: array((count,), "int32") for n in ("segment_ids", "positions")}
+    text = make_step(described, run).lower(described.abstract, batch).as_text()
+    print(dict(mesh.shape), len(text) > 100_000, "sharding" in text)
+"""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_lowers_on_eight_devices_at_reduced_depth(name):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOWER), str(ROOT / "configs" / f"{name}.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[0] == "{'data': 1, 'fsdp': 4, 'tensor': 2} True True"
+
+
+if __name__ == "__main__":
+    rows = (f"{json.dumps(p)}: {json.dumps(v)}" for p, v in placements(abstract(RECIPES[0])[2]).items())
+    GOLDEN.write_text("{\n" + ",\n".join(rows) + "\n}\n")
