@@ -5,8 +5,8 @@ Two values are not published and are ours: the mesh, and `batch_size` in rows of
 has 2 rows of a pair source or 4 of MMC4 on each of an unstated number of devices). bfloat16 takes the
 place of float16 with a dynamic loss scale.
 
-    umm convert from-parts --config=configs/mm_interleaved_13b.py --llama=... --clip=... --unet=... --vae=... \
-        --out=runs/13b_parts
+    umm convert from-parts --config=configs/mm_interleaved_13b.py --out=runs/13b_parts \
+        --llama=... --clip=... --unet=... --vae=...
     umm train --config=configs/mm_interleaved_13b.py --workdir=runs/13b
 
 ``--config.model.compat=release --config.data.compat=release`` does what the released code does where we would

@@ -4,8 +4,8 @@ The authors published no fine-tuning code for conversations. What is kept from t
 groups, moments, loss weights. What is ours, and has been lowered and sharded but not trained at this size:
 whole conversations packed side by side and apart from each other, loss on the assistant's turns, the image
 decoder looking at all earlier images of the conversation, a fifth of the rate over 5000 steps, and the
-language model learning too, at a twentieth of that rate. Sources are weighted by the square root of their number of
-conversations, as the release's own multi-source readers do.
+language model learning too, at a twentieth of that rate. Sources are weighted by the square root of their
+number of conversations, as the release's own multi-source readers do.
 
     umm convert from-torch mm_interleaved_pretrain --allow-pickle --tokenizer=... --out=runs/13b_pretrained
     umm train --config=configs/mm_interleaved_13b_sft.py --workdir=runs/13b_sft

@@ -1,4 +1,4 @@
-"""The published recipe at its real size, without memory: where every parameter lies, and that a step lowers."""
+"""The published recipe at its real size, without memory: where parameters lie, and that a step lowers."""
 
 import json
 import os
