@@ -8,15 +8,16 @@ import numpy as np
 import parity
 import pytest
 
+from umm_jax import cli
 from umm_jax.config import DataConfig, SourceConfig, from_dict
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
-from umm_jax.data import cutting
+from umm_jax.data import cutting, importers
 from umm_jax.data.cutting import Cutter, Piece, Rule, after_image, fit_document, join, merged, row_end, select
 from umm_jax.data.packing import pack_row
 from umm_jax.data.pipeline import make_loader
 from umm_jax.data.synthesis import synthesize
 from umm_jax.errors import ConfigError, DataError
-from umm_jax.families.mm_interleaved.stream import LayoutConfig, Serializer
+from umm_jax.families.mm_interleaved.stream import Serializer
 from umm_jax.stream import check_stream, stream_length
 
 SLOTS = 4
@@ -457,5 +458,37 @@ def test_a_state_of_other_sources_is_refused(folders):
             loader.set_state({"next": 0, "rows": [], "dropped": 0, "truncated": 0})
 
 
-def test_the_default_layout_is_that_of_documents():
-    assert LayoutConfig().document_end == "</s>"
+# --- what the documentation shows -------------------------------------------------------------------------
+
+GUIDE = (parity.ROOT / "docs" / "data.md").read_text()
+
+
+def blocks(kind: str = "") -> list[str]:
+    return [text.split("\n", 1)[1] for text in GUIDE.split("```")[1::2] if text.split("\n", 1)[0] == kind]
+
+
+def test_the_row_of_the_guide():
+    read = [document("a", 0, "20 21 22 23"), document("b", "20 21 22 23", 1), document("c", 2, "20 21 22 23")]
+    (first, *_) = cut(read, Rule(18, 2, "image"))
+    row = pack_row([piece.stream for piece in first], serializer().spec, 18, 2)
+    (shown,) = [text for text in blocks() if text.startswith("tokens/segment_ids")]
+    for line in shown.splitlines():
+        words = line.split()
+        at = next(k for k, word in enumerate(words) if word.startswith("images/"))
+        for name, *values in (words[:at], words[at:]):
+            axis, name = name.split("/")
+            assert row[axis][name].tolist() == list(map(float, values)), name
+
+
+def test_the_mixture_and_the_commands_of_the_guide():
+    record, mixture = blocks("json")
+    data = from_dict(DataConfig, json.loads(mixture), "config.data")
+    assert [source.merge for source in data.sources] == [0.25, 0.25, 0.25, 0.0] and data.images == 30
+    plain = json.loads(record)
+    plain["images"]["i0"]["data"] = ""
+    assert Conversation.from_json(json.dumps(plain)).turns[0].role == "document"
+    commands = [line.split() for line in blocks()[0].splitlines()]
+    for _, *words in commands:
+        cli.parser().parse_args(words)
+    kinds = [word.removeprefix("--kind=") for words in commands for word in words if "--kind=" in word]
+    assert sorted(kinds) == importers.names()
