@@ -203,6 +203,8 @@ def test_merging_removes_the_delimiters_between():
     ]
     assert rows[1]["tokens"]["image"].tolist() == [-1, -1, -1, 0, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1]
     assert rows[1]["images"]["soi"].tolist() == [2, 7]
+    # The second soi no longer follows a bos: it can be known, and is learned.
+    assert rows[1]["tokens"]["weight"].tolist() == [0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1]
     assert merged(pieces, lay.spec, 8)[0]["images"]["pixels"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="no delimiters"):
         merged(pieces, dataclasses.replace(lay.spec, delimiters=None), 2)

@@ -139,7 +139,8 @@ class Cutter:
 def merged(pieces: Sequence[Piece], spec: StreamSpec, size: int) -> list[Stream]:
     """Every `size` documents of a row as one: the delimiters between them are removed.
 
-    What an earlier row left of a document stays by itself.
+    That another picture follows is then learned as the end was before. What an earlier row left of a document
+    stays by itself.
     """
     if spec.delimiters is None:
         raise ValueError("these streams have no delimiters to remove")
@@ -149,12 +150,17 @@ def merged(pieces: Sequence[Piece], spec: StreamSpec, size: int) -> list[Stream]
     result = [piece.stream for piece in left]
     for first in range(0, len(whole), size):
         group = whole[first : first + size]
-        streams = []
+        streams: list[Stream] = []
         for k, piece in enumerate(group):
             ids = piece.stream["tokens"][feature]
             begin = int(k > 0 and ids[0] == opening)
             end = len(ids) - int(k < len(group) - 1 and ids[-1] == closing)
             streams.append(select(piece.stream, spec, np.arange(begin, end)))
+            for name, other in spec.tokens.items():
+                if begin and other.loss:
+                    ended = group[k - 1].stream["tokens"][name][-1]
+                    values = streams[-1]["tokens"][name]
+                    values[:1] = np.maximum(values[:1], ended)
         result.append(join(streams, spec))
     return result
 
