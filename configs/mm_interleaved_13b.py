@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from umm_jax.families.mm_interleaved.recipe import optimizer_groups
 
-
 # Rows of captioned pictures: a pair is not torn apart, and in a quarter of the rows pairs become documents.
 PAIRS = dict(cut="document", merge=0.25)
 

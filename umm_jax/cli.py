@@ -146,6 +146,29 @@ def parser() -> argparse.ArgumentParser:
         "--vocab", type=_positive, help="largest number of pieces (default: 1024, or what the model can hold)"
     )
 
+    p = command(of_data, "import", _import, "Bring a public data set into ArrayRecord shards.")
+    p.add_argument("--kind", required=True, help="which data set: pairs, mmc4 (see data/importers)")
+    p.add_argument(
+        "--from", dest="annotations", required=True, help="an annotation file, or a folder of them"
+    )
+    p.add_argument("--images", required=True, help="folder the names of its pictures start from")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the importer"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of what is drawn: another seed, other choices")
+    p.add_argument(
+        "--missing",
+        default="refuse",
+        choices=["refuse", "drop"],
+        help="stop at a picture that cannot be read, or leave it out and count it",
+    )
+    p.add_argument("--source", default="", help="name of the source in the records (default: the kind)")
+    p.add_argument("--license", default="", help="terms the records may be used under")
+    p.add_argument("--split", default="train", help="name of the split")
+    p.add_argument("--shards", type=_positive, default=8, help="number of files")
+    p.add_argument("--workers", type=int, default=1, help="processes that import")
+
     p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
     p.add_argument("path", help="a folder of shards, one of them, or a .json, .jsonl or .msgpack file")
     p.add_argument("--index", type=int, default=0, help="first conversation to show")
@@ -209,8 +232,6 @@ def _positive(text: str) -> int:
 
 def _world(args):
     """The RunConfig of --config, or None, and the WorldConfig of it, --preset and --set."""
-    import json
-
     from umm_jax import config
     from umm_jax.world.scene import WorldConfig
 
@@ -218,7 +239,16 @@ def _world(args):
     if args.overrides and not run:
         raise ConfigError(f"{args.overrides[0]}: there is no config to override; add --config=FILE")
     values = dict(run.world.overrides) if run and args.preset in (None, run.world.preset) else {}
-    for text in args.set:
+    values |= _settings(args.set)
+    return run, WorldConfig.preset(args.preset or (run.world.preset if run else "tiny"), **values)
+
+
+def _settings(texts: Sequence[str]) -> dict:
+    """The values of --set KEY=VALUE; JSON, or a bare string where it is not."""
+    import json
+
+    values = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE")
@@ -226,7 +256,7 @@ def _world(args):
             values[key] = json.loads(value)
         except json.JSONDecodeError:
             values[key] = value
-    return run, WorldConfig.preset(args.preset or (run.world.preset if run else "tiny"), **values)
+    return values
 
 
 def _synthesize(args) -> None:
@@ -258,6 +288,41 @@ def _synthesize(args) -> None:
             progress=lambda done, _: bar.update(done - bar.n),
         )
     print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
+
+
+def _import(args) -> None:
+    from tqdm import tqdm
+
+    from umm_jax.data.importing import Import
+    from umm_jax.data.synthesis import synthesize
+
+    make = Import(
+        args.kind,
+        args.annotations,
+        args.images,
+        settings=_settings(args.set),
+        seed=args.seed,
+        missing=args.missing,
+        source=args.source,
+        license=args.license,
+        split=args.split,
+    )
+    with tqdm(total=len(make), desc="import", unit=" records", disable=None) as bar:
+        source = synthesize(
+            make,
+            len(make),
+            args.out,
+            how=make.recipe(),
+            shards=args.shards,
+            workers=args.workers,
+            name=args.split,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+    left_out = source.manifest.get("left_out", {})
+    make.check(args.out, left_out)
+    print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
+    for reason, count in left_out.items():
+        print(f"left out: {count} {reason}")
 
 
 def _nth_dialogue(world, seed: int, split: str, index: int):

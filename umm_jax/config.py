@@ -149,10 +149,29 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One folder of ArrayRecord shards and its weight in the mixture."""
+    """One folder of ArrayRecord shards, its weight in the mixture, and how its rows are made.
+
+    Attributes:
+        weight: share of the conversations, or where rows are cut, of the rows.
+        text_loss: "after_image" learns no text of a conversation before its first image.
+        images: the most images of a row; null is data.images. This and the rest are for data.packing=cut.
+        cut: what moves to the next row when an image does not fit: everything from the "image" on, or from
+            the beginning of its "document" on.
+        merge: the share of rows whose documents become one in groups of two to eight.
+    """
 
     path: str
     weight: float = 1.0
+    text_loss: typing.Literal["all", "after_image"] = "all"
+    images: int | None = None
+    cut: typing.Literal["image", "document"] = "image"
+    merge: float = 0.0
+
+    def __post_init__(self):
+        if self.images is not None and self.images < 1:
+            raise ConfigError(f"images must be positive, or null for data.images, it is {self.images}")
+        if not 0 <= self.merge <= 1:
+            raise ConfigError(f"merge is a share of rows from 0 to 1, it is {self.merge}")
 
 
 @dataclass(frozen=True)
@@ -162,20 +181,27 @@ class DataConfig:
     Attributes:
         sources: shard folders, mixed by weight. Relative paths are relative to the working directory.
         tokens, images: the budget of one row, on both axes.
-        packing: "first_fit" joins several conversations into a row, "none" gives each its own.
+        packing: "first_fit" joins several conversations into a row, "none" gives each its own; "cut" lays the
+            documents of a source end to end and cuts them into rows, as MM-Interleaved was trained, see
+            ``data.cutting``. Rows, not conversations, are then mixed.
+        compat: "release" does what MM-Interleaved's released code does where that has a bug: the documents
+            that `merge` chose stay apart.
         oversize: what happens to a conversation that exceeds the budget: "refuse" raises, "drop" leaves
-            it out and counts it, "truncate" removes the last turns until it fits.
+            it out and counts it, "truncate" removes the last turns until it fits. Where rows are cut, only a
+            source whose cut is "document" has such: "truncate" then shortens their text.
         packing_bins: rows kept open by first-fit.
         batch_size: rows per step over all devices and accumulation steps.
         prefetch: batches prepared ahead by the input thread.
-        workers: decoding processes; 0 decodes in the input thread.
+        workers: decoding processes; 0 decodes in the input thread. Where rows are cut, they are divided among
+            the sources, one each at least.
     """
 
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""
     tokens: int = 128
     images: int = 4
-    packing: typing.Literal["first_fit", "none"] = "first_fit"
+    packing: typing.Literal["first_fit", "none", "cut"] = "first_fit"
+    compat: typing.Literal["none", "release"] = "none"
     oversize: typing.Literal["refuse", "drop", "truncate"] = "refuse"
     packing_bins: int = 8
     batch_size: int = 16
@@ -186,6 +212,11 @@ class DataConfig:
     def __post_init__(self):
         if self.batch_size < 1 or self.tokens < 1 or self.images < 1:
             raise ConfigError("batch_size, tokens and images must be positive")
+        for k, source in enumerate(self.sources):
+            if self.packing != "cut" and (source.images, source.cut, source.merge) != (None, "image", 0.0):
+                raise ConfigError(f"sources.{k}: images, cut and merge need data.packing=cut")
+            if source.images is not None and source.images > self.images:
+                raise ConfigError(f"sources.{k}.images {source.images} exceeds data.images {self.images}")
 
 
 @dataclass(frozen=True)

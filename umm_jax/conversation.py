@@ -27,7 +27,8 @@ from umm_jax.errors import DataError
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 SCHEMA = 1  # raised whenever a record of an earlier release could no longer be read
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "document")
+LEARNED = ("assistant", "document")  # the roles whose turns may have `loss`
 
 
 class RecordError(DataError):
@@ -123,8 +124,9 @@ class Turn:
     """One message.
 
     Attributes:
-        role: "system", "user" or "assistant".
-        loss: whether training learns to produce this turn (assistant turns only).
+        role: "system", "user" or "assistant"; or "document", for a text with pictures that is nobody's
+            message: a web page, a picture and its caption. A document is the only turn of its record.
+        loss: whether training learns to produce this turn (assistant turns and documents only).
         depends_on: indices of the earlier turns one must have seen to answer this one.
         op: the operation the turn performs, e.g. "edit"; free, for statistics and evaluation.
         meta: anything further, as plain JSON values.
@@ -337,6 +339,8 @@ def _problems(record: Conversation) -> Iterator[tuple[str, str]]:
     yield from (("", problem) for problem in _not_plain(record.meta, "meta"))
     if not record.turns:
         yield "", "has no turns"
+    if len(record.turns) > 1 and any(turn.role == "document" for turn in record.turns):
+        yield "", "a document stands alone: it must be the only turn of its record"
     shown: set[str] = set()
     for t, turn in enumerate(record.turns):
         where = f", turn {t} ({turn.role})"
@@ -358,8 +362,8 @@ def _turn_problems(t: int, turn: Turn) -> Iterator[str]:
         yield "empty turn: it needs at least one part that is not empty text"
     if not isinstance(turn.loss, bool):
         yield f"loss must be true or false, got {turn.loss!r}"
-    if turn.loss and turn.role != "assistant":
-        yield f"loss on a {turn.role} turn; only assistant turns are learned"
+    if turn.loss and turn.role not in LEARNED:
+        yield f"loss on a {turn.role} turn; only {' and '.join(LEARNED)} turns are learned"
     if turn.op is not None and not isinstance(turn.op, str):
         yield f"op must be a string, got {turn.op!r}"
     for index in turn.depends_on:

@@ -31,12 +31,14 @@ class Feature:
         pad: value on padding.
         refers: "tokens" or "images" when values are indices into that axis of the same Stream; negative
             values mean "none" and are never shifted.
+        loss: values are the weights of a loss on that token; 0 learns nothing.
     """
 
     shape: tuple[int, ...] = ()
     dtype: str = "int32"
     pad: float = 0
     refers: str | None = None
+    loss: bool = False
 
     def __post_init__(self):
         if self.refers is not None and self.refers not in AXES:
@@ -45,10 +47,16 @@ class Feature:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """The features of a family's Streams, by axis."""
+    """The features of a family's Streams, by axis.
+
+    Attributes:
+        delimiters: (token feature, value that opens a Stream, value that closes a document): tokens that only
+            say where one document ends and the next begins, and go where several become one.
+    """
 
     tokens: Mapping[str, Feature] = field(default_factory=dict)
     images: Mapping[str, Feature] = field(default_factory=dict)
+    delimiters: tuple[str, int, int] | None = None
 
     def axis(self, name: str) -> Mapping[str, Feature]:
         return getattr(self, name)

@@ -2,10 +2,12 @@
 
     per source   shards -> shuffled anew every epoch, endless -> this process's share
     together     mixed by weight -> decoded and serialized -> first fit into rows -> batches -> prefetched
+    or           decoded and serialized -> each source cut into rows, see cut_rows -> mixed by weight -> ...
 
 Everything up to packing is random access: element n of the endless order can be read at any time. So the
-whole state is a few integers, the next n and the n of the conversations in half-filled rows, and it does
-not depend on the number of workers or the depth of prefetching.
+whole state is a few integers, the next n and the n of the conversations in half-filled rows (or the n and the
+token with which the next row of each source begins), and it does not depend on the number of workers or the
+depth of prefetching.
 """
 
 import weakref
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import grain
-from absl import flags
 
-from umm_jax.config import DataConfig
+from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation
+from umm_jax.data.cut_rows import CutRows, rule
+from umm_jax.data.cutting import after_image, fit_document
 from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, fit, pack_row
+from umm_jax.data.reading import COUNTS, read
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Stream, StreamSpec, check_stream, stream_length
@@ -41,7 +45,8 @@ def make_loader(
         data: what is read and how; `batch_size` counts rows over all processes.
         serializer: callable with a `spec`; picklable if `data.workers` > 0.
         process_index, process_count: which share of every source this process reads.
-        skip: conversations passed over at the start of this process's order.
+        skip: conversations passed over at the start of this process's order (where rows are cut: of each
+            source).
 
     Raises:
         ConfigError: no source, a weight that is not positive, a batch that cannot be split.
@@ -57,13 +62,19 @@ def make_loader(
     for k, source in enumerate(data.sources):
         if source.weight <= 0:
             raise ConfigError(f"data.sources.{k}.weight must be positive, got {source.weight}")
-        streams = _Streams(open_source(Path(source.path)), serializer, data)
+        streams = _Streams(open_source(Path(source.path)), serializer, data, source)
         # Shares are taken before mixing: the mixture is a fixed pattern, and a share of it could by
         # chance hold one source only.
         order = grain.MapDataset.source(streams).shuffle(seed=(data.shuffle_seed + 7919 * k) % 2**32)
         parts.append(order.repeat()[process_index::process_count])
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [s.weight for s in data.sources])
-    return Loader(mixed, serializer.spec, data, data.batch_size // process_count, skip)
+    rows: grain.IterDataset
+    if data.packing == "cut":
+        rows = CutRows(parts, serializer.spec, data, (data.shuffle_seed % 2**32, process_index), skip)
+    else:
+        weights = [source.weight for source in data.sources]
+        mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        rows = _Packed(mixed, serializer.spec, data, skip)
+    return Loader(rows, data.batch_size // process_count, data.prefetch)
 
 
 class Loader(Iterator[Batch]):
@@ -72,13 +83,14 @@ class Loader(Iterator[Batch]):
     The state counts batches already returned, not those prefetched, and is small and plain JSON.
     """
 
-    def __init__(self, elements: grain.MapDataset, spec: StreamSpec, data: DataConfig, rows: int, skip: int):
-        packed = _Packed(elements, spec, data, skip).batch(rows, drop_remainder=True, batch_fn=batch)
-        prefetched = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=data.prefetch)
+    def __init__(self, rows: grain.IterDataset, batch_size: int, prefetch: int):
+        batches = rows.batch(batch_size, drop_remainder=True, batch_fn=batch)
+        prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
         self._fill = Fill()
         # Held in a list, so that the last reference is gone once closed, and closed at the latest when the
         # interpreter ends: later Grain's own clean-up finds its modules taken down and complains.
         self._live = [iter(prefetched)]
+        self._first = self.get_state()
         self._finalizer = weakref.finalize(self, _close, self._live)
 
     @property
@@ -98,14 +110,16 @@ class Loader(Iterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raises DataError if `state` is not one of ours."""
-        if not isinstance(state, dict) or set(state) != set(_EMPTY):
+        if not isinstance(state, dict) or set(state) != set(self._first):
             raise DataError(f"not a state of this input pipeline: {str(state)[:80]}")
+        if len(state.get("sources", [])) != len(self._first.get("sources", [])):
+            raise DataError(f"a state of {len(state['sources'])} sources, data.sources has another number")
         self._batches.set_state(state)
 
     def stats(self) -> dict[str, float]:
-        """Fill rates of the batches returned by this object; conversations dropped and truncated in all."""
+        """Fill rates of the batches returned by this object; what was left out and truncated in all."""
         state = self.get_state()
-        return {**self._fill.summary(), "dropped": state["dropped"], "truncated": state["truncated"]}
+        return {**self._fill.summary(), **{name: state[name] for name in COUNTS if name in state}}
 
     def close(self) -> None:
         """Stops the thread and the worker processes."""
@@ -125,11 +139,18 @@ def _close(live: list[grain.DatasetIterator]) -> None:
 class _Streams:
     """Random access to (stream or None if dropped, truncated) of one source."""
 
-    def __init__(self, source: RecordSource, serializer: Serializer, data: DataConfig):
+    def __init__(self, source: RecordSource, serializer: Serializer, data: DataConfig, config: SourceConfig):
         self.source, self.serializer = source, serializer
-        self.fit = partial(
-            fit, serializer=serializer, tokens=data.tokens, images=data.images, oversize=data.oversize
-        )
+        # Where rows are cut, what comes before an image is known only once the row is made.
+        self.after_image = config.text_loss == "after_image" and data.packing != "cut"
+        if data.packing == "cut":
+            self.fit = partial(
+                fit_document, serializer=serializer, rule=rule(data, config), oversize=data.oversize
+            )
+        else:
+            self.fit = partial(
+                fit, serializer=serializer, tokens=data.tokens, images=data.images, oversize=data.oversize
+            )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -142,6 +163,8 @@ class _Streams:
             raise DataError(f"{self.source.where(index)}: {error}") from None
         if stream is not None:
             check_stream(stream, self.serializer.spec)
+            if self.after_image:
+                stream = after_image(stream, self.serializer.spec)
         return stream, truncated
 
 
@@ -175,7 +198,7 @@ class _PackedIterator(grain.DatasetIterator):
         closed, dropped_in_a_row = None, 0
         while closed is None:
             if self._reader is None:
-                self._reader = _read(self._elements, self._next, self._data.workers)
+                self._reader = read(self._elements, self._next, self._data.workers)
             stream, truncated = next(self._reader)
             n, self._next = self._next, self._next + 1
             if stream is None:
@@ -217,17 +240,3 @@ class _PackedIterator(grain.DatasetIterator):
     def close(self) -> None:
         super().close()
         self._stop_reading()
-
-
-def _read(elements: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:
-    """Elements from `start` on, in order, decoded here or by `workers` processes."""
-    # No read-ahead threads: decoding holds the interpreter lock most of the time, and the prefetch thread
-    # behind packing already keeps ahead of the device.
-    dataset = elements[start:].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if workers:
-        # Grain reads its debugging flags when it starts processes, and absl wants them parsed by then.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=64)
-        dataset = dataset.mp_prefetch(options)
-    return iter(dataset)

@@ -105,14 +105,25 @@ class ShardWriter:
             raise StorageError(f"{self.path}: cannot be written: {reason}") from None
 
 
-def write_manifest(folder: str | Path, name: str, shards: Sequence[Shard], how: Mapping[str, Any]) -> None:
-    """Declares the folder finished. `how` says in plain JSON values how the records were made."""
+def write_manifest(
+    folder: str | Path,
+    name: str,
+    shards: Sequence[Shard],
+    how: Mapping[str, Any],
+    left_out: Mapping[str, int] | None = None,
+) -> None:
+    """Declares the folder finished.
+
+    Args:
+        how: says in plain JSON values how the records were made. left_out: counts of what was not, by reason.
+    """
     manifest = {
         "schema": SCHEMA,
         "name": name,
         "records": sum(shard.records for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "how": dict(how),
+        **({"left_out": dict(sorted(left_out.items()))} if left_out else {}),
         "shards": [asdict(shard) for shard in shards],
     }
     write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -131,8 +142,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if (folder / UNFINISHED).exists():
             raise DataError(
-                f"{folder}: the data are not finished (no {MANIFEST}); run the same `umm data synthesize` "
-                "again, finished shards are kept"
+                f"{folder}: the data are not finished (no {MANIFEST}); run the same command again that began "
+                "them, finished shards are kept"
             )
         raise DataError(f"{folder}: no {MANIFEST}, so not a data folder of ours, or not completely copied")
     try:
@@ -172,7 +183,7 @@ class RecordSource:
         if not self.manifest["records"]:
             raise DataError(f"{self.folder}: holds no records")
         # With the counts in the path no file is opened before it is read.
-        parts = [f"{self.folder / shard.file}[0:{shard.records}]" for shard in self._shards]
+        parts = [f"{self.folder / s.file}[0:{s.records}]" for s in self._shards if s.records]
         self._source = ArrayRecordDataSource(parts)
 
     def _check(self, shard: Shard, verify: bool) -> None:

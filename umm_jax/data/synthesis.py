@@ -10,7 +10,9 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ from umm_jax.data import records
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import ConfigError, DataError, Interrupted, UserError
 
-Make = Callable[[int], Conversation]
+
+@dataclass(frozen=True)
+class Noted:
+    """A conversation, or None where there is none for an index, and counts of what was left out by reason."""
+
+    conversation: Conversation | None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+Make = Callable[[int], Conversation | Noted]
 _REPORT_EVERY = 64  # records between two messages of a worker about its progress
 
 
@@ -38,7 +49,8 @@ def synthesize(
     """Writes the conversations make(0) ... make(count - 1) to a folder for :func:`records.open_source`.
 
     Args:
-        make: deterministic; with more than one worker also picklable (a module-level function or an
+        make: deterministic; it gives a conversation, or a Noted one, whose counts are added up into the
+            manifest's "left_out". With more than one worker also picklable (a module-level function or an
             instance of a module-level class).
         how: plain JSON values from which the data could be made again: generator, settings, seed. It is
             stored, and decides whether shards found in `out` belong to this run.
@@ -64,7 +76,7 @@ def synthesize(
     paths = [out / records.shard_name(name, s, shards) for s in range(shards)]
     jobs = {s: (str(paths[s]), edges[s], edges[s + 1]) for s in range(shards) if not paths[s].exists()}
     done = {s: _finished(paths[s], edges[s + 1] - edges[s]) for s in range(shards) if s not in jobs}
-    total = Total(sum(shard.records for shard in done.values()), count, progress)
+    total = Total(sum(edges[s + 1] - edges[s] for s in done), count, progress)
     try:
         if workers > 1 and len(jobs) > 1:
             done |= _parallel(make, jobs, min(workers, len(jobs)), total)
@@ -75,9 +87,11 @@ def synthesize(
         raise Interrupted(
             f"{out}: stopped with {finished} of {shards} shards finished; run the same command again to go on"
         ) from None
-    records.write_manifest(out, name, [done[s] for s in range(shards)], how=recipe)
+    left_out: Counter[str] = sum((counts for _, counts in done.values()), Counter())
+    records.write_manifest(out, name, [done[s][0] for s in range(shards)], how=recipe, left_out=left_out)
     with storage_errors(out):
-        (out / records.UNFINISHED).unlink(missing_ok=True)
+        for path in (out / records.UNFINISHED, *map(_notes, paths)):
+            path.unlink(missing_ok=True)
     return records.open_source(out)
 
 
@@ -118,9 +132,19 @@ def _prepare(out: Path, recipe: dict[str, Any]) -> bool:
     return False
 
 
-def _finished(path: Path, expected: int) -> records.Shard:
+def _notes(path: Path) -> Path:
+    """The file that says what was left out of a shard, until the manifest does."""
+    return path.with_suffix(".left_out.json")
+
+
+def _finished(path: Path, expected: int) -> tuple[records.Shard, Counter]:
     """The entry of a shard an earlier run finished: whole by construction, since renaming came last."""
-    return records.Shard(path.name, expected, path.stat().st_size, records.file_sha256(path))
+    notes, left_out = _notes(path), {}
+    if notes.exists():
+        expected, left_out = json.loads(notes.read_text())
+    return records.Shard(path.name, expected, path.stat().st_size, records.file_sha256(path)), Counter(
+        left_out
+    )
 
 
 class Total:
@@ -136,21 +160,32 @@ class Total:
             self.report(self.done, self.count)
 
 
-def _write_shard(make: Make, job: tuple[str, int, int], report: Callable[[int], None]) -> records.Shard:
+def _write_shard(
+    make: Make, job: tuple[str, int, int], report: Callable[[int], None]
+) -> tuple[records.Shard, Counter]:
     path, start, stop = job
+    left_out: Counter[str] = Counter()
     with records.ShardWriter(path) as writer:
         for index in range(start, stop):
-            writer.write(make(index))
-            if writer.records % _REPORT_EVERY == 0:
+            made = make(index)
+            if isinstance(made, Noted):
+                left_out.update(made.left_out)
+                made = made.conversation
+            if made is not None:
+                writer.write(made)
+            if (index - start + 1) % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY)
-    report(writer.records % _REPORT_EVERY)
-    return writer.shard
+        if left_out or writer.records < stop - start:
+            # Before the shard gets its name: a shard that stands has its counts.
+            write_atomic(_notes(Path(path)), json.dumps([writer.records, left_out]))
+    report((stop - start) % _REPORT_EVERY)
+    return writer.shard, left_out
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
-def _parallel(make: Make, jobs: dict[int, tuple], workers: int, total: Total) -> dict[int, records.Shard]:
+def _parallel(make: Make, jobs: dict[int, tuple], workers: int, total: Total) -> dict[int, tuple]:
     """Hands out shards one by one over a pipe to each worker.
 
     Plain pipes rather than a pool: when this process dies, even by SIGKILL, the workers read the end of

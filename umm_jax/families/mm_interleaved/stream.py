@@ -9,8 +9,15 @@ Each conversation is a causal sequence; every image, whoever shows it, takes one
 The soi of an image the assistant draws is a text target (the model decides to draw by predicting it), slots
 never are. A slot holds the visual token of its image, so everything after an image can read it; the
 picture itself is a target of the image decoder where `draw` is 1.
+
+A document has no turns: its text and images run on, without blanks between the two, as the release was
+trained. Everything is learned but what cannot be known, bos and a soi directly after it::
+
+    <bos> a red circle <soi> [slot x n] next to it <eos>        <bos> <soi> [slot x n] a red circle <eos>
+    loss  1 1   1      1                1    1  1  1                   0                1 1   1      1
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +27,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from umm_jax.config import from_dict
-from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text
+from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Feature, Stream, StreamSpec
 
@@ -40,6 +47,7 @@ class LayoutConfig:
         soi_id: id of `soi`; the model adds a trained vector to its embedding, so it must know.
         prefixes: what opens a turn of each role: a control piece, or plain text.
         turn_end: control piece that closes a turn; the assistant learns to predict it.
+        document_end: control piece that closes a document, which has no turns.
         box_format: "loc" writes a box as four location pieces `<locK>` of `box_bins` + 1 bins between
             <box> and </box>; "text" as the release does, "(x1,y1)(x2,y2)" in thousandths between the same
             tags, which are spelt in letters where the tokenizer has no pieces for them.
@@ -55,6 +63,7 @@ class LayoutConfig:
         default_factory=lambda: {"system": "<user>", "user": "<user>", "assistant": "<bot>"}
     )
     turn_end: str = "<eot>"
+    document_end: str = "</s>"
     box_format: Literal["loc", "text"] = "loc"
     box_bins: int = 24
 
@@ -99,7 +108,7 @@ class Serializer:
         self.tokenizer = tokenizer
         self.bos = tokenizer.id("<s>")
         self.soi, self.slot = tokenizer.id(layout.soi), tokenizer.id(layout.image)
-        self.end = tokenizer.id(layout.turn_end)
+        self.end, self.document_end = tokenizer.id(layout.turn_end), tokenizer.id(layout.document_end)
         if self.soi != layout.soi_id:
             raise ConfigError(
                 f"the tokenizer gives {layout.soi} the id {self.soi}, config.model.layout.soi_id says "
@@ -120,11 +129,12 @@ class Serializer:
         self.spec = StreamSpec(
             tokens={
                 "ids": Feature(),
-                "weight": Feature(dtype="float32"),
+                "weight": Feature(dtype="float32", loss=True),
                 "image": Feature(pad=-1, refers="images"),
                 "slot": Feature(),
             },
             images=images,
+            delimiters=("ids", self.bos, self.document_end),
         )
 
     def _prefix(self, text: str) -> list[int]:
@@ -147,59 +157,70 @@ class Serializer:
         return self._layout(conversation, reply=False)
 
     def prompt(self, conversation: Conversation) -> Stream:
-        """The conversation followed by the opening of an assistant turn: what a reply continues."""
+        """What a reply continues: the conversation and the opening of an assistant turn; an open document."""
         return self._layout(conversation, reply=True)
 
     def _layout(self, conversation: Conversation, reply: bool) -> Stream:
-        ids, weight, image, slot = [self.bos], [0.0], [-1], [0]
-        pictures, soi, draw = [], [], []
-
-        def put(pieces: Sequence[int], loss: bool):
-            ids.extend(pieces)
-            weight.extend([float(loss)] * len(pieces))
-            image.extend([-1] * len(pieces))
-            slot.extend([0] * len(pieces))
-
+        line = _Line(self.soi, self.slot, self.layout.image_tokens)
+        line.put([self.bos], False)
         for index, turn in enumerate(conversation.turns):
+            if turn.role == "document":
+                self._document(line, conversation, turn)
+                if not reply:
+                    line.put([self.document_end], turn.loss)
+                return self._stream(line, conversation)
             loss = turn.loss and turn.role == "assistant"
-            put(self.prefix[turn.role], False)
+            line.put(self.prefix[turn.role], False)
             for part in turn.parts:
                 if isinstance(part, (Image, Mask)):
-                    soi.append(len(ids))
-                    put([self.soi], loss)
-                    n = self.layout.image_tokens
-                    ids.extend([self.slot] * n)
-                    weight.extend([0.0] * n)
-                    image.extend([len(pictures)] * n)
-                    slot.extend(range(n))
-                    pictures.append(self._picture(conversation, part))
-                    draw.append(float(loss))
+                    line.show(self._picture(conversation, part), loss, soi_loss=loss)
                 else:
-                    put(self._words(conversation, index, part), loss)
-            put([self.end], loss)
+                    line.put(self._words(conversation, index, part), loss)
+            line.put([self.end], loss)
         if reply:
-            put(self.prefix["assistant"], False)
-        if self.most_images is not None and len(pictures) > self.most_images:
+            line.put(self.prefix["assistant"], False)
+        return self._stream(line, conversation)
+
+    def _document(self, line: "_Line", conversation: Conversation, turn: Turn) -> None:
+        """Its parts, without blanks where text touches an image."""
+        groups = [(kind, list(parts)) for kind, parts in itertools.groupby(turn.parts, type)]
+        pictures = [issubclass(kind, (Image, Mask)) for kind, _ in groups]
+        before, after = [False, *pictures[:-1]], [*pictures[1:], False]
+        for (kind, parts), image_before, image_after in zip(groups, before, after):
+            if issubclass(kind, (Image, Mask)):
+                for part in parts:
+                    # Whether a document begins with a picture is nothing a model could know.
+                    line.show(self._picture(conversation, part), turn.loss, turn.loss and len(line.ids) > 1)
+            elif kind is Text:
+                text = "".join(part.text for part in parts)
+                text = text.lstrip() if image_before else text
+                line.put(self.tokenizer.encode(text.rstrip() if image_after else text), turn.loss)
+            else:
+                for part in parts:
+                    line.put(self._words(conversation, 0, part), turn.loss)
+
+    def _stream(self, line: "_Line", conversation: Conversation) -> Stream:
+        if self.most_images is not None and len(line.pictures) > self.most_images:
             raise DataError(
-                f"record {conversation.id}: {len(pictures)} images, and this model looks back at "
+                f"record {conversation.id}: {len(line.pictures)} images, and this model looks back at "
                 f"{self.most_images} at most (max_images of its synchronizers); shorten the conversation, or "
                 "train a model with larger tables"
             )
         side = self.layout.image_size
         images = {
-            "pixels": np.array([fit(p, side) for p in pictures], np.uint8).reshape(-1, side, side, 3),
-            "soi": np.array(soi, np.int32),
-            "draw": np.array(draw, np.float32),
+            "pixels": np.array([fit(p, side) for p in line.pictures], np.uint8).reshape(-1, side, side, 3),
+            "soi": np.array(line.soi_at, np.int32),
+            "draw": np.array(line.draw, np.float32),
         }
         if "target" in self.spec.images:
             large = self.layout.target_size
-            targets = [fit(p, large) for p in pictures]
+            targets = [fit(p, large) for p in line.pictures]
             images["target"] = np.array(targets, np.uint8).reshape(-1, large, large, 3)
         tokens = {
-            "ids": np.array(ids, np.int32),
-            "weight": np.array(weight, np.float32),
-            "image": np.array(image, np.int32),
-            "slot": np.array(slot, np.int32),
+            "ids": np.array(line.ids, np.int32),
+            "weight": np.array(line.weight, np.float32),
+            "image": np.array(line.image, np.int32),
+            "slot": np.array(line.slot, np.int32),
         }
         return {"tokens": tokens, "images": images}
 
@@ -326,17 +347,47 @@ def _most_images_of(model: Mapping[str, Any]) -> int | None:
     )
 
 
+class _Line:
+    """A stream while it is being laid out, one list a feature."""
+
+    def __init__(self, soi: int, slot: int, image_tokens: int):
+        self.control, self.n = (soi, slot), image_tokens
+        self.ids, self.weight, self.image, self.slot = [], [], [], []
+        self.pictures, self.soi_at, self.draw = [], [], []
+
+    def put(self, pieces: Sequence[int], loss: bool) -> None:
+        """Text or control pieces."""
+        self._add(pieces, float(loss), -1, [0] * len(pieces))
+
+    def show(self, picture: np.ndarray, draw: bool, soi_loss: bool) -> None:
+        """A soi and the slots of an image."""
+        soi, slot = self.control
+        self.soi_at.append(len(self.ids))
+        self.put([soi], soi_loss)
+        self._add([slot] * self.n, 0.0, len(self.pictures), range(self.n))
+        self.pictures.append(picture)
+        self.draw.append(float(draw))
+
+    def _add(self, ids: Sequence[int], weight: float, image: int, slots: Sequence[int]) -> None:
+        self.ids.extend(ids)
+        self.weight.extend([weight] * len(ids))
+        self.image.extend([image] * len(ids))
+        self.slot.extend(slots)
+
+
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:
     """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3] -> [side, side, 3].
 
-    Halves by box filter while the short side is at least twice too long, then bicubic (docs section 8).
+    Halves by box filter while the short side is at least twice too long, then bicubic (docs section 8; the
+    release's "dual_numpy").
     """
     h, w = pixels.shape[:2]
     if (h, w) == (side, side):
         return pixels
     picture = Pillow.fromarray(pixels)
     while min(picture.size) >= 2 * side:
-        picture = picture.reduce(2)
+        # Not Image.reduce: it rounds odd sides up, and its sums differently, by a level here and there.
+        picture = picture.resize((picture.width // 2, picture.height // 2), Pillow.Resampling.BOX)
     scale = side / min(picture.size)
     size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
     picture = picture.resize(size, Pillow.Resampling.BICUBIC)
