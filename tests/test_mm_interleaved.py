@@ -265,8 +265,9 @@ def test_compat_release_reads_across_conversations_and_averages_over_all_images(
     )
 
 
-def test_an_image_that_opens_a_document_is_no_target_under_compat_release(config):
-    release = replace(config, compat="release", image_loss=None)
+def test_an_image_that_opens_a_document_is_no_target(config):
+    config = replace(config, image_loss=None)
+    release = replace(config, compat="release")
     stream = {
         "tokens": dict(
             ids=np.array([1, 7, 8, 8, 8, 8, 12, 7, 8, 8, 8, 8], np.int32),
@@ -280,9 +281,14 @@ def test_an_image_that_opens_a_document_is_no_target_under_compat_release(config
             draw=np.ones(2, np.float32),
         ),
     }
-    drawn = toy.model(release).drawn(rows(config, [[stream]], 16, 3))
+    data = rows(config, [[stream]], 16, 3)
+    drawn = toy.model(config).drawn(data)
     assert np.asarray(drawn["draw"])[0].tolist() == [0.0, 1.0, 0.0]
-    assert np.asarray(toy.model(config).drawn(rows(config, [[stream]], 16, 3))["draw"])[0, 0] == 1.0
+    only = toy.model(replace(config, max_drawn=1)).drawn(data)
+    assert (np.asarray(only["index"])[0].tolist(), np.asarray(only["draw"])[0].tolist()) == ([1], [1.0])
+    # It is left out of the mean; the release counts it there as a zero.
+    counts = [float(toy.model(c).loss_weights(data)["image"]) for c in (config, release)]
+    assert counts == [toy.SIDE**2, 2 * toy.SIDE**2]
 
 
 def test_more_images_than_the_tables_hold_are_refused_by_record(config):

@@ -11,8 +11,9 @@ of T = 18; the eighteenth token lies in the second image::
     <*####....>                               whole = "document": up to the document whose image does not
     <....*####><*####.                        fit; words after an image may still be cut off from it
 
-Text is cut anywhere, an image never (docs/mm_interleaved.md section 8). Like the rest of packing this knows no family: where an
-image lies is read from the features that refer to it, where a document begins from the Streams themselves.
+Text is cut anywhere, an image never (docs/mm_interleaved.md section 8). Like the rest of packing this knows
+no family: where an image lies is read from the features that refer to it, where a document begins from the
+Streams themselves.
 """
 
 from collections.abc import Callable, Sequence

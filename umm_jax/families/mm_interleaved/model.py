@@ -288,12 +288,12 @@ class MMInterleaved(nnx.Module):
         count = segments.shape[1]
         keep = min(self.config.max_drawn or count, count)
         columns = jnp.arange(count)
-        _, index = jax.lax.top_k((images["draw"] > 0) * (1 + columns), keep)
+        # An image whose context is bos and soi alone is nobody's answer to anything: it is not learned.
+        position = jnp.take_along_axis(positions, images["soi"], axis=1)
+        draw = images["draw"] * (position > 1)
+        _, index = jax.lax.top_k((draw > 0) * (1 + columns), keep)
         index = jnp.sort(index, axis=1)
-        soi, draw = _take(images["soi"], index), _take(images["draw"], index)
-        position = jnp.take_along_axis(positions, soi, axis=1)
-        if self.config.compat == "release":
-            draw = draw * (position > 1)
+        soi, draw, position = (_take(x, index) for x in (images["soi"], draw, position))
         earlier = index[..., None] - jnp.arange(self.looks_back(count), 0, -1)
         own = _take(segments, index)[..., None]
         seen = (earlier >= 0) & (own > 0) & (_take(segments, earlier % count) == own)
