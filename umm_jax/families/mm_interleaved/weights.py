@@ -4,18 +4,22 @@
 computes and the release stores (position tables, the images' mean and deviation, an index) are constants.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from umm_jax.errors import ConfigError
 from umm_jax.families.mm_interleaved.config import ModelConfig
+from umm_jax.families.mm_interleaved.reference import is_reference, reference_config
+from umm_jax.families.mm_interleaved.reference import release_config as release_config
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.vision_adapter import CLIP_MEAN, CLIP_STD
 from umm_jax.weights import stock
 from umm_jax.weights.table import Constant, Rule, Table
 
+ARCHITECTURE = "MMInterleaved"  # what an export's config.json calls it
 VISION = "visual_tokenizer.encoder.vision_model."
 DECODER = "image_decoder.decoder."
 
@@ -31,6 +35,14 @@ def table(config: ModelConfig) -> Table:
     return Table(
         rules=tuple(_rules(config)), constants=tuple(_constants(config)), aliases=stock.AUTOENCODER_ALIASES
     )
+
+
+def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """The config of a checkpoint whose ``config.json`` holds `found` and whose tensors have `shapes`.
+
+    None where the file is not of the reference's kind. Raises CheckpointError where it lacks what is needed.
+    """
+    return reference_config(found, shapes) if is_reference(found) else None
 
 
 def _require_release_layout(c: ModelConfig) -> None:

@@ -1,0 +1,1 @@
+"""Weights to and from PyTorch: ``umm convert from-torch``, ``to-torch`` and ``from-parts``."""
