@@ -1,11 +1,11 @@
-"""How much memory conversion takes, and how fast it is: a random checkpoint, both ways, each in its own process.
+"""How much memory conversion takes, and how fast it is: a random checkpoint, each way in its own process.
 
     python benchmarks/convert_memory.py --size=5GB --dtype=float16 --folder=/var/tmp/convert
 
-The checkpoint is the release with fewer layers in the language model: as many as `--size` allows, all tensors
-of their real size (the largest is the embedding, 32002 x 5120). It is written tensor by tensor into `--folder`,
+The checkpoint is the release with fewer layers in the language model: as many as come near `--size`, all
+tensors of their real size (the largest is the embedding, 32002 x 5120). It is written into `--folder`,
 converted with ``umm convert from-torch`` and back with ``to-torch``, compared with what it was, and removed.
-Needs three times `--size` of disk. Prints a JSON object: for each way the peak resident memory (ru_maxrss of
+Needs three times its size of disk. Prints a JSON object: for each way the peak resident memory (ru_maxrss of
 the process, so with Python and JAX) and bytes of tensors per second, and the same of copying the files with
 ``cp``, the baseline of the speeds.
 """
@@ -51,7 +51,7 @@ def make(folder: Path, size: int, dtype: np.dtype) -> int:
     chosen = layout(step * groups)
     promised = tensors(chosen)
     constants = {c.theirs: c for c in chosen.table.constants}
-    # Random bits of 16 per number, drawn once and rolled: drawing gigabytes would take longer than converting.
+    # Random numbers, drawn once and rolled: drawing gigabytes would take longer than converting them.
     noise = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(dtype)
     folder.mkdir(parents=True)
     with Shards(folder, "model", promised, limit=5_000_000_000) as shards:

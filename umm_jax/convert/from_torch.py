@@ -94,11 +94,8 @@ def from_torch(
         for rule in tqdm(layout.table.rules, desc="from-torch", unit=" tensors", disable=None):
             array = source.read(names[rule.theirs])
             manifest[rule.theirs] = _noted(array)
-            turned = TURNS[rule.how].ours(array)
-            if turned.dtype != arrays[rule.path][1]:
-                turned = turned.astype(arrays[rule.path][1])
-            writer.write(rule.path, rule.index, turned)
-            del array, turned
+            array = layouts.cast(TURNS[rule.how].ours(array), arrays[rule.path][1], rule.theirs)
+            writer.write(rule.path, rule.index, array)
         manifest |= _keep_constants(layout, source, names, part)
         _keep_tokenizer(folder, part)
         aliases = {name: theirs for name, theirs in names.items() if name != theirs}
