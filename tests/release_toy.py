@@ -1,10 +1,12 @@
 """A very small model of the release's layout, and random checkpoints with the release's names."""
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from umm_jax import families
 from umm_jax.config import from_dict
+from umm_jax.convert import layout as layouts
 from umm_jax.convert.layout import Layout
 
 FAMILY = families.get("mm_interleaved")
@@ -95,3 +97,17 @@ def state(of: Layout, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
 
 def save(tensors: dict[str, np.ndarray], path) -> None:
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, path, {"format": "pt"})
+
+
+def shapes_once():
+    """A fixture: describing a model takes seconds, and tests convert the same few again and again."""
+    real, known = layouts.shapes_of, {}
+
+    def once(family, model):
+        key = (family, repr(model))
+        known[key] = known[key] if key in known else real(family, model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "shapes_of", once)
+        yield

@@ -22,7 +22,6 @@ from safetensors.numpy import load_file
 from umm_jax import cli, sharding
 from umm_jax import config as configs
 from umm_jax.convert import folder as folders
-from umm_jax.convert import layout as layouts
 from umm_jax.convert.from_torch import from_torch
 from umm_jax.convert.shards import Shards, Tensor
 from umm_jax.convert.source import open_source
@@ -41,19 +40,7 @@ UP = "mm_decoder.layers.1.mlp.up_proj.weight"
 SHARDS = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shapes_once():
-    """Describing a model takes seconds; here it is the same few again and again."""
-    real, known = layouts.shapes_of, {}
-
-    def once(family, model):
-        key = (family, repr(model))
-        known[key] = known[key] if key in known else real(family, model)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "shapes_of", once)
-        yield
+shapes_once = pytest.fixture(scope="module", autouse=True)(toy.shapes_once)
 
 
 def quiet(_):

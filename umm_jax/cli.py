@@ -216,7 +216,32 @@ def parser() -> argparse.ArgumentParser:
         default="keep",
         help="keep: that of the weights when they came from PyTorch, else that of the checkpoint",
     )
+    p.add_argument(
+        "--part",
+        choices=["llm", "clip", "unet", "vae", "all"],
+        help="only this part, as a folder for its class of transformers or diffusers",
+    )
     p.add_argument("--verified", metavar="FILE", help="output of umm convert verify --json, for parity.json")
+
+    p = command(
+        of_convert,
+        "from-parts",
+        _from_parts,
+        "Begin a model from stock parts: a run folder for train.init_from.",
+        overridable=True,
+    )
+    p.add_argument("--config", required=True, help="the model that is begun")
+    p.add_argument("--out", required=True, help="run folder to make")
+    p.add_argument("--llama", metavar="DIR", help="folder of a Llama or Vicuna")
+    p.add_argument("--clip", metavar="DIR", help="folder of a CLIP, whole or its vision model")
+    p.add_argument("--unet", metavar="DIR", help="folder of Stable Diffusion's unet")
+    p.add_argument("--vae", metavar="DIR", help="folder of Stable Diffusion's vae")
+    p.add_argument(
+        "--text-encoder", metavar="DIR", help="its text_encoder, for the empty prompt (needs torch)"
+    )
+    p.add_argument("--tokenizer2", metavar="DIR", help="its tokenizer, to go with the text encoder")
+    p.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt too, with weights_only")
+    p.add_argument("--no-checksums", action="store_true", help="do not check sha256sums beside the weights")
 
     command(commands, "version", _version, "Print the versions of umm_jax and of what it stands on.")
     return top
@@ -437,6 +462,23 @@ def _to_torch(args) -> None:
         shard_size=args.shard_size,
         memory=args.memory,
         verified=args.verified,
+        part=args.part,
+    )
+
+
+def _from_parts(args) -> None:
+    from umm_jax import config
+    from umm_jax.convert.from_parts import from_parts
+
+    parts = {"llm": args.llama, "clip": args.clip, "unet": args.unet, "vae": args.vae}
+    from_parts(
+        config.load(args.config, args.overrides),
+        args.out,
+        {name: path for name, path in parts.items() if path},
+        text_encoder=args.text_encoder,
+        text_tokenizer=args.tokenizer2,
+        allow_pickle=args.allow_pickle,
+        checksums=not args.no_checksums,
     )
 
 

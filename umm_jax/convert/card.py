@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umm_jax.weights.hub import StockPart
+
 _HEAD = """---
 library_name: {library}
 license: other  # TO DO before you publish: name the licence of these weights
@@ -60,9 +62,10 @@ Tokenizer files: {words}.
     )
 
 
-def part(title: str, class_name: str, library: str, notes: Sequence[str], report: Mapping[str, Any]) -> str:
-    """The card of one part that a stock class loads."""
-    listed = "".join(f"- {note}\n" for note in notes)
+def part(stock: StockPart, report: Mapping[str, Any]) -> str:
+    """The card of one part that a stock class loads; `report` is its parity.json."""
+    title, library, class_name = stock.title, stock.library, stock.class_name
+    listed = "".join(f"- {note}\n" for note in stock.notes)
     return (
         _HEAD.format(library=library, tags="multimodal")
         + f"""
