@@ -68,7 +68,7 @@ def make(folder: Path, size: int, dtype: np.dtype) -> int:
 
 
 def measured(words: list[str], nbytes: int) -> dict[str, float]:
-    """Runs a command to its end: seconds, bytes per second and peak resident memory of it."""
+    """Runs a command to its end: its seconds, bytes per second, seconds of CPU and peak resident memory."""
     start = time.perf_counter()
     process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
     _, status, usage = os.wait4(process.pid, 0)
@@ -79,6 +79,7 @@ def measured(words: list[str], nbytes: int) -> dict[str, float]:
     return {
         "seconds": round(seconds, 1),
         "mb_per_second": round(nbytes / seconds / 1e6, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_gb": round(usage.ru_maxrss * unit / 1e9, 3),
     }
 

@@ -40,8 +40,8 @@ def section() -> dict:
         tower=dict(
             kind="clip_adapter",
             clip_adapter=dict(
-                clip=dict(image_size=28, patch=14, width=16, layers=2, heads=2, mlp=24),
-                blocks=2,
+                clip=dict(image_size=28, patch=14, width=16, layers=4, heads=2, mlp=24),
+                blocks=4,
                 extra=1,
                 heads=2,
                 points=2,

@@ -205,6 +205,16 @@ def test_a_value_beyond_half_precision_is_refused(tmp_path, layout):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_verified_goes_with_the_weights(tmp_path, converted):
+    _, run = converted
+    (tmp_path / "verified.json").write_text('{"logits": 1e-6}')
+    to_torch(run, tmp_path / "out", verified=tmp_path / "verified.json", say=quiet)
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["verified"] == {"logits": 1e-6}
+    assert "were compared with the reference" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="no such file"):
+        to_torch(run, tmp_path / "other", verified=tmp_path / "nothing.json", say=quiet)
+
+
 def test_the_sums_are_right_and_checked(tmp_path, converted):
     _, run = converted
     to_torch(run, tmp_path / "out", say=quiet)
@@ -247,6 +257,17 @@ def test_a_missing_an_extra_and_a_misshapen_tensor(tmp_path, layout):
         r"3 tensors do not fit.*soi_token is missing \(expected \[1, 16\]\); mm_decoder.norm.weight is "
         r"\[15\], expected \[16\].*layers.9.mlp.up_proj.weight \[2, 3\] is not known.*Nothing was written",
     )
+
+
+def test_the_command_says_so_in_one_line(tmp_path, layout, capsys):
+    tensors = toy.state(layout)
+    del tensors[UP]
+    toy.save(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"family": "mm_interleaved", "model": toy.section()}))
+    status = cli.main(["convert", "from-torch", str(tmp_path), f"--out={tmp_path / 'run'}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert status == CheckpointError.exit_status and len(lines) == 1
+    assert lines[0].startswith("umm: error:") and f"{UP} is missing (expected [24, 16])" in lines[0]
 
 
 def test_a_constant_that_is_not_ours(tmp_path, layout):

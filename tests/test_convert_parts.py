@@ -176,7 +176,7 @@ def stock(tmp_path_factory):
     vision = dict(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=2,
         image_size=28,
         patch_size=14,

@@ -31,7 +31,7 @@ from umm_jax.convert.from_torch import sha256_of_array
 from umm_jax.convert.layout import Layout
 from umm_jax.convert.shards import DTYPE_NAMES, DTYPES, Shards, Tensor
 from umm_jax.convert.source import open_source
-from umm_jax.errors import CheckpointError
+from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.train.parts import PartReader
 from umm_jax.weights.table import TURNS, Rule, Table
 
@@ -74,6 +74,8 @@ def to_torch(
     run, out = Path(run), Path(out)
     require_new(out)
     export = Export(run, step, weights, dtype, shard_size, memory)
+    if verified is not None and not Path(verified).is_file():
+        raise ConfigError(f"--verified={verified}: no such file")
     parity = None if verified is None else layouts.read_json(Path(verified))
     if part is not None:
         _parts(export, out, part, parity, say)
