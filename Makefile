@@ -1,5 +1,7 @@
 # make setup | demo | test | test-all | clean
 #
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu says where the tests' torch comes from, where the default
+# index would give a build for CUDA.
 # PYTHON=python3.12 chooses the interpreter; without it, the first of those below that is at least 3.11 and
 # really starts (a shim on PATH may not).
 
@@ -28,8 +30,14 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	$(call timed,setup,$(PIP) -e .)
 	@touch $@
 
+# Torch comes first and alone, so that its index can be chosen. Without it the tests that need it are skipped.
+TORCH := 'torch==2.13.0; python_version < "3.12"' 'torch>=2.13; python_version >= "3.12"'
+WITH_TORCH = $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $(PIP) -e '.[test]'
+WITHOUT_TORCH = echo "no torch could be installed: the tests that need it will be skipped" >&2; \
+  $(PIP) -e '.[test-core]'
+
 $(VENV)/.tested: $(VENV)/.installed
-	$(call timed,test requirements,$(PIP) -e '.[test]')
+	$(call timed,test requirements,{ $(WITH_TORCH); } || { $(WITHOUT_TORCH); })
 	@touch $@
 
 demo: setup

@@ -17,6 +17,15 @@ def version() -> str:
     return re.search(r'__version__ = "([^"]+)"', (HERE / "umm_jax" / "__init__.py").read_text())[1]
 
 
+TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"]
+TORCH = [
+    'torch==2.13.0; python_version < "3.12"',
+    'torch>=2.13; python_version >= "3.12"',
+    "transformers>=5.24",
+    "diffusers>=0.42",
+]
+
+
 setup(
     name="umm_jax",
     version=version(),
@@ -28,11 +37,12 @@ setup(
     python_requires=">=3.11",
     install_requires=requirements(),
     extras_require={
-        "test": ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"],
-        # References that some parity checks run against. Install the CPU wheel first, for example
-        # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, so that pip does not
-        # choose the CUDA one.
-        "torch": ["torch>=2.5"],
+        # `make test` installs torch first, so that the CPU build can be chosen; where there is no torch to be
+        # had it installs test-core, and the tests that need torch are skipped.
+        "test": TEST + TORCH,
+        "test-core": TEST,
+        # Reading .bin files, and the stock classes that exports of parts are tested against.
+        "torch": TORCH,
         "tfds": ["tensorflow-datasets>=4.9.7"],
         # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.
         "plan": ["libtpu"],

@@ -64,6 +64,23 @@ def test_text_never_becomes_a_control_token(tokenizer):
         assert not reserved & set(tokenizer.encode(f"{piece}{piece} {piece} red"))
 
 
+def test_control_pieces_are_added_at_the_end(tokenizer, tmp_path):
+    added = ["<|beginofimage|>", "<|image|>", "<" + "x" * 200 + ">"]
+    more = tokenizer.extended(added)
+    assert [more.id(p) for p in added] == [tokenizer.size + i for i in range(3)]
+    assert more.size == tokenizer.size + 3
+    assert all(more.piece(i) == tokenizer.piece(i) for i in range(tokenizer.size))
+    for text in [*texts(20), f"red{added[0]} {added[1]}{added[2]} blue", "Zürich \u2581"]:
+        assert more.encode(text) == tokenizer.encode(text)
+        assert more.decode(more.encode(text)) == text
+    assert more.decode([more.id(added[0]), *more.encode("red"), more.id(added[1])]) == "red"
+    more.save(tmp_path / "a.model")
+    assert Tokenizer.load(tmp_path / "a.model").id(added[1]) == more.id(added[1])
+    for wrong in (["<user>"], ["<new>", "<new>"]):
+        with pytest.raises(ConfigError, match="already"):
+            tokenizer.extended(wrong)
+
+
 def test_ids_are_fixed_and_named(tokenizer):
     assert [tokenizer.id(p) for p in ("<pad>", "<s>", "</s>", "<unk>")] == [0, 1, 2, 3]
     assert [tokenizer.id(p) for p in CONTROL] == list(range(4, 4 + len(CONTROL)))

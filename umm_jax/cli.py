@@ -217,6 +217,58 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workdir", default="runs/demo", help="folder of the run; an interrupted demo is resumed")
     p.add_argument("--seed", type=int, help="seed of data and training (default: that of the config)")
 
+    convert = commands.add_parser("convert", help="weights to and from PyTorch")
+    of_convert = convert.add_subparsers(dest="convert_command", metavar="COMMAND", required=True)
+
+    p = command(of_convert, "from-torch", _from_torch, "Make a run folder of a PyTorch checkpoint.")
+    p.add_argument("source", help="a folder of weights, an index of shards, a .safetensors, .bin or .pt file")
+    p.add_argument("--out", required=True, help="run folder to make")
+    p.add_argument("--config", help="whose model it is (default: config.json beside them, or the release)")
+    p.add_argument("--family", help="whose names the tensors have, where no config says (mm_interleaved)")
+    p.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the one beside them)")
+    p.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt too, with weights_only")
+    p.add_argument("--no-checksums", action="store_true", help="do not check sha256sums beside the weights")
+
+    p = command(of_convert, "to-torch", _to_torch, "Write a checkpoint of a run for PyTorch.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    p.add_argument("--weights", choices=["raw", "ema"], default="raw", help="which weights")
+    p.add_argument("--shard-size", type=_size, default="5GB", help="largest file")
+    p.add_argument("--memory", type=_size, default="1GB", help="for layers that must be read together")
+    p.add_argument(
+        "--dtype",
+        choices=["keep", "float32", "float16", "bfloat16"],
+        default="keep",
+        help="keep: that of the weights when they came from PyTorch, else that of the checkpoint",
+    )
+    p.add_argument(
+        "--part",
+        choices=["llm", "clip", "unet", "vae", "all"],
+        help="only this part, as a folder for its class of transformers or diffusers",
+    )
+    p.add_argument("--verified", metavar="FILE", help="output of umm convert verify --json, for parity.json")
+
+    p = command(
+        of_convert,
+        "from-parts",
+        _from_parts,
+        "Begin a model from stock parts: a run folder for train.init_from.",
+        overridable=True,
+    )
+    p.add_argument("--config", required=True, help="the model that is begun")
+    p.add_argument("--out", required=True, help="run folder to make")
+    p.add_argument("--llama", metavar="DIR", help="folder of a Llama or Vicuna")
+    p.add_argument("--clip", metavar="DIR", help="folder of a CLIP, whole or its vision model")
+    p.add_argument("--unet", metavar="DIR", help="folder of Stable Diffusion's unet")
+    p.add_argument("--vae", metavar="DIR", help="folder of Stable Diffusion's vae")
+    p.add_argument(
+        "--text-encoder", metavar="DIR", help="its text_encoder, for the empty prompt (needs torch)"
+    )
+    p.add_argument("--tokenizer2", metavar="DIR", help="its tokenizer, to go with the text encoder")
+    p.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt too, with weights_only")
+    p.add_argument("--no-checksums", action="store_true", help="do not check sha256sums beside the weights")
+
     command(commands, "version", _version, "Print the versions of umm_jax and of what it stands on.")
     return top
 
@@ -225,6 +277,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?", text, re.IGNORECASE)
+    size = found and float(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2].lower() or " ")
+    if not size or size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB, got {text!r}")
+    return int(size)
 
 
 # --- the commands -------------------------------------------------------------------------------------
@@ -443,6 +503,52 @@ def _demo(args) -> None:
     program = "umm" if shutil.which("umm") else os.path.relpath(sys.argv[0])
     folder = shlex.quote(str(args.workdir))
     print(f"\nlook at   {Path(args.workdir) / 'report.html'}\ntalk to   {program} chat --run={folder}")
+
+
+def _from_torch(args) -> None:
+    from umm_jax.convert.from_torch import from_torch
+
+    from_torch(
+        args.source,
+        args.out,
+        config=args.config,
+        family=args.family,
+        allow_pickle=args.allow_pickle,
+        checksums=not args.no_checksums,
+        tokenizer=args.tokenizer,
+    )
+
+
+def _to_torch(args) -> None:
+    from umm_jax.convert.to_torch import to_torch
+
+    to_torch(
+        args.folder,
+        args.out,
+        step=args.step,
+        weights=args.weights,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+        memory=args.memory,
+        verified=args.verified,
+        part=args.part,
+    )
+
+
+def _from_parts(args) -> None:
+    from umm_jax import config
+    from umm_jax.convert.from_parts import from_parts
+
+    parts = {"llm": args.llama, "clip": args.clip, "unet": args.unet, "vae": args.vae}
+    from_parts(
+        config.load(args.config, args.overrides),
+        args.out,
+        {name: path for name, path in parts.items() if path},
+        text_encoder=args.text_encoder,
+        text_tokenizer=args.tokenizer2,
+        allow_pickle=args.allow_pickle,
+        checksums=not args.no_checksums,
+    )
 
 
 def _version(args) -> None:

@@ -1,5 +1,6 @@
 """Text to ids and back: a sentencepiece model in which user text can never become a control token."""
 
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,6 +66,17 @@ class Tokenizer:
     def size(self) -> int:
         """Number of ids: the height of an embedding table."""
         return self._pieces.get_piece_size()
+
+    def extended(self, pieces: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with more control pieces, at the end: all other ids stay, and no text reaches them.
+
+        Raises:
+            ConfigError: a piece that is there already.
+        """
+        there = [piece for piece in pieces if self._pieces.piece_to_id(piece) != self._pieces.unk_id()]
+        if there or len(set(pieces)) < len(pieces):
+            raise ConfigError(f"the tokenizer has {', '.join(there or pieces)} already")
+        return Tokenizer(self.model + b"".join(_control_piece(piece) for piece in pieces))
 
     @classmethod
     def train(
@@ -134,6 +146,23 @@ class Tokenizer:
                 )
         tokenizer.save(path)
         return tokenizer
+
+
+def _control_piece(piece: str) -> bytes:
+    """One more piece in the bytes of a sentencepiece model.
+
+    The model is a protocol buffer whose field 1 is a repeated {1: piece, 2: score, 3: type}, where type 3 is
+    "control". Repeated fields may stand anywhere in a buffer, so a piece is added by writing it at the end.
+    """
+
+    def field(number: int, data: bytes) -> bytes:
+        length, size = b"", len(data)
+        while size > 127:
+            length, size = length + bytes([size & 127 | 128]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + data
+
+    score, kind = struct.pack("<Bf", 2 << 3 | 5, 0.0), bytes([3 << 3, 3])
+    return field(1, field(1, piece.encode()) + score + kind)
 
 
 class _Buffer:

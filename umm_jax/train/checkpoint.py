@@ -58,7 +58,7 @@ class Checkpoints:
         self._manager = None
         if read_only and not self.directory.is_dir():
             return
-        _quiet_orbax()
+        quiet_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             read_only=read_only,
@@ -79,7 +79,7 @@ class Checkpoints:
                 },
             )
         except OSError as error:
-            raise _storage_error(error, self.directory) from error
+            raise storage_error(error, self.directory) from error
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -110,7 +110,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:
-            raise _storage_error(error, self.directory) from error
+            raise storage_error(error, self.directory) from error
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises StorageError when it failed."""
@@ -119,7 +119,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise _storage_error(error, self.directory) from error
+            raise storage_error(error, self.directory) from error
 
     def close(self) -> None:
         """Completes the last save and lets go of the folder."""
@@ -157,7 +157,7 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint, another model's, or another optimizer's.
         """
-        step = self._choose(step, config)
+        step = self.choose(step, config)
         state = self._read(step, abstract, partial=False)
         saved = self._manager.restore(step, args=ocp.args.Composite(iterator=ocp.args.JsonRestore()))
         processes = saved.iterator["processes"]
@@ -181,10 +181,10 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint, another model's, or no averaged weights in it.
         """
-        step = self._choose(step, config)
+        step = self.choose(step, config)
         if weights == "raw":
             return self._read(step, {"params": abstract}, partial=True)["params"]
-        saved, wanted = self._saved_shapes(step, "ema"), flatten(abstract)
+        saved, wanted = self.saved_shapes(step, "ema"), flatten(abstract)
         if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {step} keeps no averaged weights (train.ema was not set); "
@@ -202,8 +202,8 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint, no parameter in common, or one of another shape.
         """
-        step = self._choose(step, None)
-        saved, wanted = self._saved_shapes(step, "params"), flatten(abstract)
+        step = self.choose(step, None)
+        saved, wanted = self.saved_shapes(step, "params"), flatten(abstract)
         common = {path: leaf for path, leaf in wanted.items() if path in saved}
         if not common:
             raise CheckpointError(f"{self.directory}: step {step} has no parameter of this model")
@@ -214,7 +214,8 @@ class Checkpoints:
                 )
         return flatten(self._read(step, {"params": unflatten(common)}, partial=True)["params"])
 
-    def _choose(self, step: int | None, config: Mapping[str, Any] | None) -> int:
+    def choose(self, step: int | None, config: Mapping[str, Any] | None = None) -> int:
+        """`step`, or the newest. Raises CheckpointError: none such, or of another model than `config`'s."""
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.directory}: no complete checkpoint; train first, or check the path")
@@ -239,7 +240,7 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint.
         """
-        return self._config(self._choose(step, None))
+        return self._config(self.choose(step, None))
 
     def _config(self, step: int) -> Mapping[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
@@ -261,7 +262,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: step {step} has no {', '.join(absent[:3])}")
         return state
 
-    def _saved_shapes(self, step: int, section: str) -> dict[str, tuple[int, ...]]:
+    def saved_shapes(self, step: int, section: str) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of "params" or "ema" in the checkpoint of `step`."""
         tree = self._manager.item_metadata(step).state.tree
         return {path: tuple(leaf.shape) for path, leaf in flatten(tree.get(section) or {}).items()}
 
@@ -318,7 +320,7 @@ def _of_all_processes(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
 
-def _storage_error(error: Exception, directory: Path) -> Exception:
+def storage_error(error: Exception, directory: Path) -> Exception:
     """StorageError when `error` is the disk's refusal, else `error` itself."""
     refused = isinstance(error, OSError) and error.errno in _REFUSALS
     word = next((w for w in _WORDS if w.lower() in str(error).lower()), None)
@@ -337,7 +339,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _quiet_orbax() -> None:
+def quiet_orbax() -> None:
     """Orbax logs what it also raises, with tracebacks, through the absl logger: one clear line is enough."""
     logger = logging.getLogger("absl")
     if _not_orbax not in logger.filters:

@@ -24,6 +24,16 @@ from umm_jax.models.vision_adapter import ClipAdapterConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# How the release spells a stream: the two tokens it adds to Vicuna's vocabulary, and the end of a sequence.
+# It was trained on documents without turns; the words that open one are those Vicuna knows.
+RELEASED_SPELLING = {
+    "soi": "<|beginofimage|>",
+    "image": "<|image|>",
+    "prefixes": {"system": "", "user": "USER:", "assistant": "ASSISTANT:"},
+    "turn_end": "</s>",
+    "box_format": "text",
+}
+
 
 def is_reference(found: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of this kind."""
@@ -43,6 +53,11 @@ def reference_config(found: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
             f"the reference's config.json or state dict has no {error.args[0]!r}; it is needed to tell the "
             "sizes of the model"
         ) from None
+
+
+def release_config() -> ModelConfig:
+    """The released model itself: its sizes are our defaults."""
+    return ModelConfig(layout=LayoutConfig(**RELEASED_SPELLING))
 
 
 def _build(c: Mapping[str, Any], found: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
@@ -84,6 +99,7 @@ def _build(c: Mapping[str, Any], found: Mapping[str, Any], shapes: Shapes) -> Mo
             target_size=c["image_size_dec"],
             image_tokens=c["num_img_token"],
             soi_id=fixed["special_tokens"]["soi"],
+            **RELEASED_SPELLING,
         ),
         backbone=backbone,
         tower=TowerConfig(clip_adapter=adapter),

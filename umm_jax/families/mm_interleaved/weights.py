@@ -4,18 +4,22 @@
 computes and the release stores (position tables, the images' mean and deviation, an index) are constants.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from umm_jax.errors import ConfigError
 from umm_jax.families.mm_interleaved.config import ModelConfig
+from umm_jax.families.mm_interleaved.reference import is_reference, reference_config
+from umm_jax.families.mm_interleaved.reference import release_config as release_config
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.vision_adapter import CLIP_MEAN, CLIP_STD
-from umm_jax.weights import stock
+from umm_jax.weights import hub, stock
 from umm_jax.weights.table import Constant, Rule, Table
 
+ARCHITECTURE = "MMInterleaved"  # what an export's config.json calls it
 VISION = "visual_tokenizer.encoder.vision_model."
 DECODER = "image_decoder.decoder."
 
@@ -31,6 +35,45 @@ def table(config: ModelConfig) -> Table:
     return Table(
         rules=tuple(_rules(config)), constants=tuple(_constants(config)), aliases=stock.AUTOENCODER_ALIASES
     )
+
+
+def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """The config of a checkpoint whose ``config.json`` holds `found` and whose tensors have `shapes`.
+
+    None where the file is not of the reference's kind. Raises CheckpointError where it lacks what is needed.
+    """
+    return reference_config(found, shapes) if is_reference(found) else None
+
+
+PARTS = ("llm", "clip", "unet", "vae")  # what stock classes load, and what a pre-training begins from
+
+
+def stock_part(
+    name: str, c: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
+) -> hub.StockPart:
+    """One of PARTS of a model.
+
+    Args:
+        found: {name: shape} of a stock folder that is read: it says how many pieces a language model has.
+
+    Raises:
+        ConfigError: that part of this model is not laid out like the stock one.
+    """
+    if name == "llm":
+        if found is None:
+            return hub.llama(c.backbone)
+        table = found.get("model.embed_tokens.weight", found.get("embed_tokens.weight"))
+        rows = c.vocab if table is None else table[0]  # without one the comparison will name it
+        return hub.llama(c.backbone, rows=rows, added=c.added_tokens, head="lm_head.weight" in found)
+    if name == "clip":
+        if c.tower.kind != "clip_adapter":
+            raise ConfigError(f"config.model.tower.kind is {c.tower.kind!r}: it has no CLIP in it")
+        return hub.clip(c.tower.clip_adapter.clip, "tower/clip/")
+    if name == "unet":
+        return hub.unet(c.unet, "unet/")
+    if name == "vae":
+        return hub.autoencoder(c.autoencoder, "autoencoder/", c.layout.target_size)
+    raise ConfigError(f"{name!r} is no part: {', '.join(PARTS)}")
 
 
 def _require_release_layout(c: ModelConfig) -> None:
