@@ -31,7 +31,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	@touch $@
 
 # Torch comes first and alone, so that its index can be chosen. Without it the tests that need it are skipped.
-TORCH := 'torch==2.13.0; python_version < "3.12"' 'torch>=2.13; python_version >= "3.12"'
+TORCH := 'torch==2.13.0; python_version < "3.12"'
 WITH_TORCH = $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $(PIP) -e '.[test]'
 WITHOUT_TORCH = echo "no torch could be installed: the tests that need it will be skipped" >&2; \
   $(PIP) -e '.[test-core]'

@@ -18,12 +18,11 @@ def version() -> str:
 
 
 TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"]
-TORCH = [
-    'torch==2.13.0; python_version < "3.12"',
-    'torch>=2.13; python_version >= "3.12"',
-    "transformers>=5.24",
-    "diffusers>=0.42",
-]
+TORCH = ["torch>=2.13", "transformers>=5.24", "diffusers>=0.42"]
+# The tests' torch is the CPU build that Python 3.11 can have. Newer Pythons would get gigabytes of CUDA from
+# the default index: there the tests that need torch are skipped, unless somebody installs the torch extra.
+OLD = '; python_version < "3.12"'
+TEST_TORCH = [f"torch==2.13.0{OLD}", *(name + OLD for name in TORCH[1:])]
 
 
 setup(
@@ -39,7 +38,7 @@ setup(
     extras_require={
         # `make test` installs torch first, so that the CPU build can be chosen; where there is no torch to be
         # had it installs test-core, and the tests that need torch are skipped.
-        "test": TEST + TORCH,
+        "test": TEST + TEST_TORCH,
         "test-core": TEST,
         # Reading .bin files, and the stock classes that exports of parts are tested against.
         "torch": TORCH,

@@ -165,17 +165,19 @@ class Synchronizer(nnx.Module):
         per_image = per_image.astype(jnp.float32)  # [B, Q, N, offsets and logits]
 
         split = c.heads * c.points * 2
-        offsets = per_image[..., :split].reshape(b, q, n, c.heads, 1, c.points, 2)
+        offsets = per_image[..., :split].reshape(b, q, n, c.heads, c.points, 2)
         logits = per_image[..., split:].reshape(b, q, n, c.heads, levels, c.points)
         weights, ignored = softmax_plus_one(logits, visible[:, :, :, None, None, None])
 
         units = c.units or tuple((w, h) for h, w in c.shapes)
         scale = [np.broadcast_to(u, 2) / (w, h) / c.base for u, (h, w) in zip(units, c.shapes)]
-        shift = offsets * np.stack(scale).astype(np.float32)[:, None]
         centre = jnp.full((1, 2), 0.5) if reference is None else reference
-        centre = centre.astype(jnp.float32).reshape(-1, centre.shape[-2], 1, 1, 1, 1, 2)
+        centre = centre.astype(jnp.float32).reshape(-1, centre.shape[-2], 1, 1, 1, 2)
+        # Level by level, not broadcast: the gradient is then a sum of a few slices. As a reduction over an axis
+        # of seven it overflows a buffer of XLA's CPU kernels (JAX 0.10.2: a crash).
+        locations = jnp.stack([centre + offsets * s.astype(np.float32) for s in scale], axis=4)
 
-        read = sample(values, centre + shift, weights, c.sides, implementation=c.implementation)
+        read = sample(values, locations, weights, c.sides, implementation=c.implementation)
         # Not trained: the released checkpoints keep it at zero.
         nothing = jax.lax.stop_gradient(self.ignore[...]).reshape(c.heads, -1)
         read = read + (ignored[..., None] * nothing).astype(read.dtype)

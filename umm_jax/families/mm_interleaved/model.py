@@ -71,24 +71,27 @@ class Context(nnx.Module):
         init = L.normal(config.std)
         self.positions = L.param(rngs, (config.length, width), (None, "embed"), init) if learned else None
 
-    def __call__(self, hidden: jax.Array, soi: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, hidden: jax.Array, soi: jax.Array, first: jax.Array, *, fixed: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """hidden [B, T, D]; soi, first [B, I] columns of the soi and of the conversation's first token.
 
         Returns:
-            [B*I, S, D], zero beyond the conversation, and the mask [B*I, S].
+            [B*I, S, D], zero beyond the conversation, and the mask [B*I, S]; S is the config's `length`, or T
+            where that is less and the number need not be `fixed`.
         """
-        b, _, d = hidden.shape
-        steps = jnp.arange(self.config.length)
-        columns = soi[..., None] - steps
+        b, t, d = hidden.shape
+        length = self.config.length if fixed else min(self.config.length, t)
+        columns = soi[..., None] - jnp.arange(length)
         mask = columns >= first[..., None]
         rows = jnp.arange(b)[:, None, None]
-        states = hidden[rows, jnp.maximum(columns, 0)]
-        if self.proj is not None:
-            states = self.proj(states)
+        # Projected before they are copied out for each image, which multiplies them.
+        states = hidden if self.proj is None else self.proj(hidden)
+        states = states[rows, jnp.maximum(columns, 0)]
         if self.positions is not None:
-            table = self.positions[...]
+            table = self.positions[...][:length]
         else:
-            table = jnp.asarray(sincos_1d(self.config.length, d))
+            table = jnp.asarray(sincos_1d(length, d))
         states = jnp.where(mask[..., None], states + table.astype(states.dtype), 0)
         return states.reshape(-1, *states.shape[2:]), mask.reshape(-1, mask.shape[-1])
 
@@ -190,7 +193,10 @@ class MMInterleaved(nnx.Module):
 
         With a `key`, the resampler's dropout acts.
         """
-        condition, mask = self.context_resampler(*self.context(hidden, soi, first), key=key)
+        # A resampler reads any number of states: no more than there are, where the row is shorter.
+        fixed = self.config.context_resampler.kind == "none"
+        context = self.context(hidden, soi, first, fixed=fixed)
+        condition, mask = self.context_resampler(*context, key=key)
         return condition, jnp.ones(condition.shape[:2], bool) if mask is None else mask
 
     def predict(self, x, t, condition, mask, values, visible) -> jax.Array:
