@@ -249,6 +249,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--verified", metavar="FILE", help="output of umm convert verify --json, for parity.json")
 
+    p = command(of_convert, "verify", _verify, "Compare our numbers with tensors of a reference, row by row.")
+    p.add_argument("path", help="folder of fixtures: config.json, model.safetensors, a_*.safetensors, ...")
+    p.add_argument("--json", metavar="FILE", help="write the rows there too")
+    p.add_argument(
+        "--only", metavar="NAMES", help="fixture files to compare, comma-separated beginnings: a,g,h"
+    )
+
     p = command(
         of_convert,
         "from-parts",
@@ -533,6 +540,29 @@ def _to_torch(args) -> None:
         verified=args.verified,
         part=args.part,
     )
+
+
+def _verify(args) -> None:
+    import json
+
+    # The bounds are those of float32 on a CPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from umm_jax.convert import verify
+    from umm_jax.data.files import write_atomic
+    from umm_jax.errors import ParityError
+
+    print(verify.HEADER)
+    rows = []
+    for row in verify.checks(args.path, args.only.split(",") if args.only else ()):
+        print(verify.line(row), flush=True)
+        rows.append(row)
+    if args.json:
+        write_atomic(args.json, json.dumps(verify.as_json(rows), indent=1) + "\n")
+    if not rows:
+        raise ConfigError(f"{args.path}: nothing here to compare")
+    if not all(row.passed for row in rows):
+        raise ParityError(verify.summary(rows))
+    print(verify.summary(rows))
 
 
 def _from_parts(args) -> None:

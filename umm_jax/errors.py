@@ -2,6 +2,7 @@
 
 | class | exit status | when |
 |---|---|---|
+| ParityError | 1 | our numbers are not those of a reference |
 | ConfigError | 2 | unknown key, wrong type, impossible value, unusable argument |
 | DataError | 3 | a record, shard or data folder that cannot be used |
 | CheckpointError | 4 | no checkpoint, or one of another config |
@@ -14,6 +15,10 @@
 class UserError(Exception):
     """Base of the errors shown without a traceback. The message says what is wrong and what to do."""
 
+    exit_status = 1
+
+
+class ParityError(UserError):
     exit_status = 1
 
 

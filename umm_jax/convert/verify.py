@@ -82,8 +82,11 @@ def equal(file: str, tensor: str, ours: Any, theirs: Any) -> Row:
     return Row(file, tensor, float(np.sum(ours != theirs)), 1.0, 0.0)
 
 
-def checks(folder: str | Path) -> Iterator[Row]:
+def checks(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
     """Every comparison a fixture folder allows, whatever its dimensions.
+
+    Args:
+        only: beginnings of the names of the files to compare; all where there are none.
 
     Raises:
         CheckpointError: not a folder of fixtures of a known family, or one that lacks what it names.
@@ -99,7 +102,7 @@ def checks(folder: str | Path) -> Iterator[Row]:
     for name in _families():
         module = importlib.import_module(f"umm_jax.convert.fixtures.{name}")
         if module.knows(found):
-            yield from module.checks(folder, found)
+            yield from module.checks(folder, found, only)
             return
     raise CheckpointError(f"{folder}: config.json is of no layout known here ({', '.join(_families())})")
 
