@@ -1,5 +1,7 @@
 """Replies: the memory equals reading at once, goes on between turns, and texts are searched as documented."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import mm_interleaved_toy as toy
@@ -99,6 +101,26 @@ def test_a_conversation_that_was_edited_goes_on_from_where_it_changed(config, mo
     hidden, _ = states(config, model, changed.with_turn(edited.turn, {}))
     n = int(memory.length[0])
     np.testing.assert_allclose(memory.hidden[0, :n], hidden[:n], atol=5e-5)
+
+
+def test_layers_that_do_not_fill_the_last_group(config):
+    """Five layers, a synchronizer in every second: as six whose last does nothing, also from memory."""
+    six = toy.model(replace(config, backbone=replace(config.backbone, layers=6)))
+    idle = six.backbone.layers
+    for kernel in (idle.attention.o.kernel, idle.mlp.down.kernel):
+        kernel[...] = jnp.asarray(kernel[...]).at[5].set(0.0)
+    short = replace(config, backbone=replace(config.backbone, layers=5))
+    params = nnx.to_pure_dict(nnx.split(six)[1])
+    params["backbone"]["layers"] = jax.tree.map(lambda a: a[:5], params["backbone"]["layers"])
+    replier = Replier(short, params, toy.Words(), round_tokens=16)
+    reply = replier.reply([ask(3)], ReplySettings(mode="text", max_tokens=3))[0]
+    hidden, _ = states(config, six, ask(3).with_turn(reply.turn, {}))
+    memory = replier._kept[1]
+    n = int(memory.length[0])
+    assert memory.values.shape[0] == 3
+    np.testing.assert_allclose(memory.hidden[0, :n], hidden[:n], atol=2e-5)
+    at_once, _ = states(short, replier.engine.model(params), ask(3).with_turn(reply.turn, {}))
+    np.testing.assert_allclose(at_once, hidden, atol=2e-5)
 
 
 def test_what_two_readings_share_cuts_no_image():

@@ -60,13 +60,18 @@ class BackboneConfig:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.kv_heads or self.heads):
             raise ConfigError(f"{self.heads} heads do not divide into {self.kv_heads} key/value heads")
-        if self.synchronizer is not None and self.layers % self.sync_every:
-            raise ConfigError(f"layers ({self.layers}) must be a multiple of sync_every ({self.sync_every})")
+        if self.sync_every < 1:
+            raise ConfigError(f"sync_every must be at least 1, it is {self.sync_every}")
 
     @property
     def group(self) -> int:
         """Layers per scanned step."""
         return self.sync_every if self.synchronizer is not None else 1
+
+    @property
+    def syncs(self) -> int:
+        """Synchronizer layers: one at the beginning of each group, the last of which may be a short one."""
+        return -(-self.layers // self.sync_every) if self.synchronizer is not None else 0
 
 
 class Cache(NamedTuple):
@@ -169,7 +174,7 @@ class Backbone(nnx.Module):
         syncs = None
         if config.synchronizer is not None:
             make = lambda r: BackboneSync(config.synchronizer, eps=config.norm_eps, rngs=r)  # noqa: E731
-            syncs = L.stack(make, config.layers // config.sync_every, rngs)
+            syncs = L.stack(make, config.syncs, rngs)
         self.syncs = syncs
         self.norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
 
@@ -200,14 +205,11 @@ class Backbone(nnx.Module):
             hidden states after the final norm, and the extended cache.
         """
         config = self.config
-        group = config.group
         sync_graph, sync_state = (None, None) if self.syncs is None else nnx.split(self.syncs)
-        if cache is not None:
-            cache = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), cache)
 
         def step(layers, x, inputs):
             sync_params, layer_values, caches = inputs
-            layers, new = (layers if group > 1 else [layers]), []
+            layers, new = (layers if isinstance(layers, list) else [layers]), []
             for i, layer in enumerate(layers):
                 sync = None
                 if i == 0 and sync_params is not None:
@@ -219,18 +221,34 @@ class Backbone(nnx.Module):
                 new.append(layer_cache)
             return x, None if caches is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
 
-        x, cache = L.scan(
-            self.layers,
-            step,
-            x,
-            (sync_state, values, cache),
-            remat=config.remat,
-            group=group,
-            unroll=config.unroll,
-        )
+        grown = []
+        for layers, group, first, end in self._runs():
+            start, count = first * config.group, end - first
+
+            def grouped(a, start=start, count=count, group=group):
+                return a[start : start + count * group].reshape(count, group, *a.shape[1:])
+
+            caches = jax.tree.map(grouped, cache)
+            syncs = jax.tree.map(lambda a, first=first, end=end: a[first:end], (sync_state, values))
+            x, caches = L.scan(
+                layers, step, x, (*syncs, caches), remat=config.remat, group=group, unroll=config.unroll
+            )
+            grown.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches))
         if cache is not None:
-            cache = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
+            cache = grown[0] if len(grown) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *grown)
         return self.norm(x), cache
+
+    def _runs(self):
+        """(stacked layers, layers of a group, first group, end group): the whole groups, then a short one."""
+        config = self.config
+        whole, rest = divmod(config.layers, config.group)
+        if not rest:
+            return [(self.layers, config.group, 0, whole)]
+        graphdef, state = nnx.split(self.layers)
+        part = lambda a, b: nnx.merge(graphdef, jax.tree.map(lambda x: x[a:b], state))  # noqa: E731
+        at = whole * config.group
+        runs = [(part(0, at), config.group, 0, whole)] if whole else []
+        return [*runs, (part(at, config.layers), rest, whole, whole + 1)]
 
     def project(self, features: tuple[jax.Array, ...]) -> jax.Array | None:
         """What the synchronizer layers sample, [G, B, I, V, heads, H]: made once per image when decoding."""

@@ -95,7 +95,7 @@ class ClipAdapterConfig:
 
     @property
     def value_width(self) -> int:
-        return int(self.clip.width * self.value_ratio)
+        return round(self.clip.width * self.value_ratio)
 
 
 class DeformableAttention(nnx.Module):
@@ -158,7 +158,7 @@ class Extractor(nnx.Module):
     """
 
     def __init__(self, config: ClipAdapterConfig, *, rngs: nnx.Rngs):
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        width, hidden = config.width, round(config.width * config.mlp_ratio)
         self.grid = config.clip.grid
         self.query_norm = LayerNorm(width, eps=config.eps, rngs=rngs)
         self.source_norm = LayerNorm(width, eps=config.eps, rngs=rngs)

@@ -63,7 +63,7 @@ def release_config() -> ModelConfig:
 def _build(c: Mapping[str, Any], found: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     fixed, llm = found["fixed_constants"], c["llm"]
     adapter = _adapter(c["clip"], fixed, shapes)
-    width, maps = llm["hidden_size"], adapter.map_width
+    width, maps, levels = llm["hidden_size"], adapter.map_width, len(c["unet"]["block_out_channels"])
     backbone = BackboneConfig(
         vocab=shapes["mm_decoder.embed_tokens.weight"][0],
         width=width,
@@ -87,7 +87,9 @@ def _build(c: Mapping[str, Any], found: Mapping[str, Any], shapes: Shapes) -> Mo
         in_channels=c["vae"]["latent_channels"],
         out_channels=c["vae"]["latent_channels"],
         widths=tuple(c["unet"]["block_out_channels"]),
-        heads=tuple(c["unet"]["attention_head_dim"]),  # the name is the library's; the numbers are heads
+        heads=_per_level(
+            c["unet"]["attention_head_dim"], levels
+        ),  # the library's name; the numbers are heads
         attention=tuple("CrossAttn" in kind for kind in found["unet_topology"]["down_block_types"]),
         context_width=c["unet"]["cross_attention_dim"],
         layers_per_block=c["unet"].get("layers_per_block", 2),
@@ -125,6 +127,11 @@ def _build(c: Mapping[str, Any], found: Mapping[str, Any], shapes: Shapes) -> Mo
         added_tokens=shapes["text_decoder.head_new.weight"][0],
         uncond_prob=fixed["uncond_prob"],
     )
+
+
+def _per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
+    """One number for all levels, or one for each."""
+    return (value,) * levels if isinstance(value, int) else tuple(value)
 
 
 def _core(prefix: str, levels: int, shapes: Shapes) -> dict[str, int]:

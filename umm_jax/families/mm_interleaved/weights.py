@@ -113,7 +113,7 @@ def _rules(c: ModelConfig) -> Iterator[Rule]:
     yield Rule("mm_decoder.embed_tokens.weight", "embed/table")
     yield Rule("soi_token", "soi_token", "first")
     yield from stock.llama("mm_decoder.", "backbone/", c.backbone)
-    for i in range(c.backbone.layers // c.backbone.sync_every):
+    for i in range(c.backbone.syncs):
         yield from _backbone_sync(
             f"mm_decoder.layers.{i * c.backbone.sync_every}.llama_cross_attn.", f"[{i}]"
         )
