@@ -122,6 +122,8 @@ def get_config() -> ConfigDict:
                 b2=0.95,
                 clip=1.0,
                 groups=[
+                    # What a synchronizer reads where it looks at nothing stays zero.
+                    dict(match=["/ignore"], optimizer="frozen"),
                     # As in the release, a tenth of the rate where points are placed: Muon's steps have one
                     # size, and would carry them out of the picture.
                     dict(match=["offsets"], optimizer="adamw", lr_scale=0.1),

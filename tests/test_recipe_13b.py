@@ -77,6 +77,7 @@ EXPECTED = {
     "backbone/syncs/core/offsets/kernel": (1e-5, 0.0),
     "tower/extra/0/attention/offsets/kernel": (1e-5, 0.0),
     "backbone/syncs/core/values/kernel": (1e-4, 0.05),
+    "backbone/syncs/core/ignore": (1e-4, 0.05),
     "backbone/syncs/core/values/bias": (1e-4, 0.0),
     "backbone/syncs/query_norm/scale": (1e-4, 0.05),
     "unet/mid/resnets/0/norm_1/scale": (1e-5, 0.05),

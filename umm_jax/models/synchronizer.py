@@ -178,8 +178,7 @@ class Synchronizer(nnx.Module):
         locations = jnp.stack([centre + offsets * s.astype(np.float32) for s in scale], axis=4)
 
         read = sample(values, locations, weights, c.sides, implementation=c.implementation)
-        # Not trained: the released checkpoints keep it at zero.
-        nothing = jax.lax.stop_gradient(self.ignore[...]).reshape(c.heads, -1)
+        nothing = self.ignore[...].reshape(c.heads, -1)
         read = read + (ignored[..., None] * nothing).astype(read.dtype)
         return self.out(read.reshape(b, q, -1))
 

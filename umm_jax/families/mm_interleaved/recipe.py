@@ -3,7 +3,7 @@
 Source: docs/mm_interleaved.md section 7. Plain values, so that a config file can be made of them without JAX.
 """
 
-# What was trained before stays as it is: language model, CLIP, autoencoder; and the silent ignore token.
+# What was trained before stays as it is: language model, CLIP, autoencoder.
 FROZEN = (
     "backbone/layers/",
     "backbone/norm/",
@@ -11,7 +11,6 @@ FROZEN = (
     "head/base/",
     "tower/clip/",
     "autoencoder/",
-    "/ignore",
 )
 # Not decayed: biases, and the gains of layer norms. Decayed, as in the release: the gains of RMS and group
 # norms and of the stem's norms, level embeddings, queries, gamma.
@@ -44,6 +43,8 @@ def optimizer_groups(decay: float = 0.05) -> list[dict]:
         group(["syncs/gate"], decayed=False),
         group(["/offsets/"], lr_scale=0.1, decayed=False),
         group(["backbone/syncs/"], no_decay=BIASES),
+        # The image decoder's ignore tokens stay zero; those of the language model are learned.
+        {"match": ["/ignore"], "optimizer": "frozen"},
         group(["unet/"], lr_scale=0.1, no_decay=[*BIASES, *(f"blocks/{i}/norm_" for i in range(10))]),
         group([], no_decay=[*BIASES, *LAYER_NORMS]),
     ]
