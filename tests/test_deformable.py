@@ -10,7 +10,7 @@ from umm_jax.models import deformable, deformable_rows
 from umm_jax.models.deformable import choose, sample
 
 SIDES = ((4, 6), 3, 1)
-ALL = ("rows", "gather", "hat")
+ALL = ("rows", "gather", "hat", "pallas")
 
 
 def _inputs(b=2, q=5, n=2, heads=3, points=4, width=2, sides=SIDES, seed=0):
@@ -181,5 +181,5 @@ def test_choose_and_errors():
     inputs = tuple(map(jnp.asarray, _inputs()))
     with pytest.raises(ValueError, match="34 cells in 3 levels; values have"):
         sample(inputs[0][:, :, 1:], *inputs[1:], SIDES)
-    with pytest.raises(ValueError, match="'slow' is unknown; choose one of auto, rows, gather, hat"):
+    with pytest.raises(ValueError, match="'slow' is unknown; choose one of auto, rows, gather, hat, pallas"):
         sample(*inputs, SIDES, implementation="slow")

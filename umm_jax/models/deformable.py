@@ -15,6 +15,7 @@ The implementations give the same numbers and the same gradients; docs/performan
     hat      bilinear weights are the product of a triangle ("hat") over rows and one over columns. Summed
              over points they form a dense map [Q, h * w] per head, and one matmul with the values does
              the rest, forward and backward. Work grows with the number of pixels.
+    pallas   the same as kernels for TPU, see deformable_pallas: compiled, but not yet run on one, so opt-in.
 
 All keep only the arguments for the backward pass, which makes again what it needs; second derivatives are
 not defined. Which one runs is decided when a program is lowered for a platform, so that compiling for a TPU
@@ -30,6 +31,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
 
 Sides = Sequence[int | tuple[int, int]]
@@ -53,7 +55,7 @@ def sample(
         locations: [B, Q, N, heads, levels, points, 2], (x, y) in [0, 1] over the map; may lie outside.
         weights: [B, Q, N, heads, levels, points].
         sides: per level (h, w), or one number for a square map.
-        implementation: "rows", "gather", "hat", or "auto", see :func:`choose`.
+        implementation: "rows", "gather", "hat", "pallas", or "auto", see :func:`choose`.
 
     Returns:
         [B, Q, heads, H] in the dtype of `values`.
@@ -203,6 +205,15 @@ def _dense(values, locations, weights, shapes):
     return total
 
 
+def _turn(queries: int, most: int) -> int:
+    """How many queries to take at a time, at most `most`."""
+    if queries <= most:
+        return queries
+    # Queries end up along the 128 lanes of a TPU: whole lanes, and no remainder if possible.
+    whole = [size for size in range(128, most + 1, 128) if queries % size == 0]
+    return max(whole) if whole else math.ceil(queries / math.ceil(queries / most))
+
+
 def _hats(values, locations, weights, shapes):
     b, q, n, heads = locations.shape[:4]
     weights = weights.astype(values.dtype)
@@ -210,12 +221,12 @@ def _hats(values, locations, weights, shapes):
     locations = jnp.transpose(locations, (0, 3, 1, 2, 4, 5, 6))
     weights = jnp.transpose(weights, (0, 3, 1, 2, 4, 5))
     per_query = heads * values.shape[2] * values.shape[3]
-    turns = math.ceil(q * per_query / HAT_BUDGET)
-    if turns == 1:
+    size = _turn(q, max(1, HAT_BUDGET // per_query))
+    if size == q:
         out = _dense(values, locations, weights, shapes)
     else:
         # Queries in turns; the dense maps are made again in the backward pass instead of being kept.
-        size = math.ceil(q / turns)
+        turns = math.ceil(q / size)
         extra = turns * size - q
 
         def chunks(a):
@@ -244,4 +255,5 @@ _IMPLEMENTATIONS = {
     "rows": {"forward": rows.forward, "backward": rows.backward},
     "gather": _differentiated(_gather),
     "hat": _differentiated(_hats),
+    "pallas": {"forward": pallas.forward, "backward": pallas.backward},
 }
