@@ -7,22 +7,32 @@ Every query reads a few points of every level of every image, bilinearly, and ad
 Pixel i of a side s has its centre at (i + 0.5) / s ("align_corners=False"); beyond the border the map is
 zero. Source: Deformable DETR (arXiv 2010.04159) eq. 3; docs/mm_interleaved.md section 3.
 
-Two implementations give the same numbers and the same gradients:
+The implementations give the same numbers and the same gradients; docs/performance.md has the figures:
 
-    gather   reads four corners per point. Work grows with the points only, but its backward pass is a
-             scatter, which is slow on CPU and hardly vectorised on TPU.
+    rows     the gather as it suits a CPU, see deformable_rows.
+    gather   reads four corners per point, all at once. Work grows with the points only, but its backward
+             pass is a scatter, and what was read is written out.
     hat      bilinear weights are the product of a triangle ("hat") over rows and one over columns. Summed
              over points they form a dense map [Q, h * w] per head, and one matmul with the values does
              the rest, forward and backward. Work grows with the number of pixels.
+    pallas   the same as kernels for TPU, see deformable_pallas: compiled, but not yet run on one, so opt-in.
+
+All keep only the arguments for the backward pass, which makes again what it needs; second derivatives are
+not defined. Which one runs is decided when a program is lowered for a platform, so that compiling for a TPU
+on a machine without one gives the TPU's program.
 
 Letters: B rows, Q queries, N images, V = sum of h * w over levels, H head width.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from umm_jax.models import deformable_pallas as pallas
+from umm_jax.models import deformable_rows as rows
 
 Sides = Sequence[int | tuple[int, int]]
 
@@ -45,7 +55,7 @@ def sample(
         locations: [B, Q, N, heads, levels, points, 2], (x, y) in [0, 1] over the map; may lie outside.
         weights: [B, Q, N, heads, levels, points].
         sides: per level (h, w), or one number for a square map.
-        implementation: "gather", "hat", or "auto", see :func:`choose`.
+        implementation: "rows", "gather", "hat", "pallas", or "auto", see :func:`choose`.
 
     Returns:
         [B, Q, heads, H] in the dtype of `values`.
@@ -60,22 +70,54 @@ def sample(
             f"maps of sides {shapes} hold {cells} cells in {len(shapes)} levels; values have "
             f"{values.shape[2]} cells and locations {locations.shape[4]} levels"
         )
-    if implementation == "auto":
-        implementation = choose(cells, jax.default_backend())
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown; choose auto, gather or hat")
+    if implementation not in ("auto", *_IMPLEMENTATIONS):
+        known = ", ".join(("auto", *_IMPLEMENTATIONS))
+        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {known}")
     # Positions keep float32: bfloat16 cannot tell neighbouring pixels of a 64-pixel side apart.
-    locations = locations.astype(jnp.float32)
-    return _IMPLEMENTATIONS[implementation](values, locations, weights.astype(values.dtype), shapes)
+    return _sample(values, locations.astype(jnp.float32), weights, tuple(shapes), implementation)
 
 
-def choose(cells: int, backend: str) -> str:
-    """The faster implementation for maps of `cells` pixels (all levels together) on a JAX backend.
+def choose(platform: str, cells: int, reads: int) -> str:
+    """The implementation for a platform: "cpu", "gpu" or "tpu".
 
-    On TPU a matmul over all pixels beats gathers at any size. Elsewhere it does so while the maps are
-    small; beyond about a thousand pixels the dense map costs more memory traffic than it saves.
+    Args:
+        cells: pixels of an image's maps, all levels together.
+        reads: corners that all queries of a row read of an image and head.
     """
-    return "hat" if backend == "tpu" or cells <= 1024 else "gather"
+    if platform == "tpu":
+        return "hat"
+    # With fewer reads than pixels (one query of a decoding loop) making the padded table costs more than
+    # it saves.
+    return "rows" if platform == "cpu" and reads >= cells else "gather"
+
+
+def _run(step: str, shapes, implementation: str, values, locations, *others):
+    """`step` is "forward" or "backward"."""
+    arrays = (values, locations, *others)
+    if implementation != "auto":
+        return _IMPLEMENTATIONS[implementation][step](*arrays, shapes)
+    _, queries, _, _, levels, points, _ = locations.shape
+    names = {p: choose(p, values.shape[2], 4 * queries * levels * points) for p in ("cpu", "gpu", "tpu")}
+    run = {p: functools.partial(_run, step, shapes, name) for p, name in names.items()}
+    return jax.lax.platform_dependent(*arrays, cpu=run["cpu"], tpu=run["tpu"], default=run["gpu"])
+
+
+# The rule is around the choice, not inside: differentiating through the choice would keep what the backward
+# passes of all platforms need.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _sample(values, locations, weights, shapes, implementation):
+    return _run("forward", shapes, implementation, values, locations, weights)
+
+
+def _sample_forward(values, locations, weights, shapes, implementation):
+    return _sample(values, locations, weights, shapes, implementation), (values, locations, weights)
+
+
+def _sample_backward(shapes, implementation, saved, grad):
+    return _run("backward", shapes, implementation, *saved, grad)
+
+
+_sample.defvjp(_sample_forward, _sample_backward)
 
 
 def _corners(position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +131,7 @@ def _corners(position: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gather(values, locations, weights, shapes):
     b, q, n, heads, levels, points, _ = locations.shape
+    weights = weights.astype(values.dtype)
     heights = jnp.array([h for h, _ in shapes], jnp.int32)[:, None]
     widths = jnp.array([w for _, w in shapes], jnp.int32)[:, None]
     starts = jnp.array([sum(h * w for h, w in shapes[:i]) for i in range(levels)], jnp.int32)[:, None]
@@ -162,18 +205,28 @@ def _dense(values, locations, weights, shapes):
     return total
 
 
+def _turn(queries: int, most: int) -> int:
+    """How many queries to take at a time, at most `most`."""
+    if queries <= most:
+        return queries
+    # Queries end up along the 128 lanes of a TPU: whole lanes, and no remainder if possible.
+    whole = [size for size in range(128, most + 1, 128) if queries % size == 0]
+    return max(whole) if whole else math.ceil(queries / math.ceil(queries / most))
+
+
 def _hats(values, locations, weights, shapes):
     b, q, n, heads = locations.shape[:4]
+    weights = weights.astype(values.dtype)
     values = jnp.moveaxis(values, 3, 1)
     locations = jnp.transpose(locations, (0, 3, 1, 2, 4, 5, 6))
     weights = jnp.transpose(weights, (0, 3, 1, 2, 4, 5))
     per_query = heads * values.shape[2] * values.shape[3]
-    turns = math.ceil(q * per_query / HAT_BUDGET)
-    if turns == 1:
+    size = _turn(q, max(1, HAT_BUDGET // per_query))
+    if size == q:
         out = _dense(values, locations, weights, shapes)
     else:
         # Queries in turns; the dense maps are made again in the backward pass instead of being kept.
-        size = math.ceil(q / turns)
+        turns = math.ceil(q / size)
         extra = turns * size - q
 
         def chunks(a):
@@ -189,4 +242,18 @@ def _hats(values, locations, weights, shapes):
     return jnp.moveaxis(out, 1, 2)
 
 
-_IMPLEMENTATIONS = {"gather": _gather, "hat": _hats}
+def _differentiated(forward):
+    """Both steps of an implementation that JAX differentiates."""
+
+    def backward(values, locations, weights, grad, shapes):
+        return jax.vjp(lambda *arrays: forward(*arrays, shapes), values, locations, weights)[1](grad)
+
+    return {"forward": forward, "backward": backward}
+
+
+_IMPLEMENTATIONS = {
+    "rows": {"forward": rows.forward, "backward": rows.backward},
+    "gather": _differentiated(_gather),
+    "hat": _differentiated(_hats),
+    "pallas": {"forward": pallas.forward, "backward": pallas.backward},
+}
