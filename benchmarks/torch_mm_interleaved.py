@@ -1,13 +1,14 @@
 """The PyTorch baseline of ``train_step.py``: an MM-Interleaved of stock parts, at the sizes of a row.
 
-Stock: ``transformers`` LlamaModel, CLIPVisionModel and Blip2QFormerModel, ``diffusers`` UNet2DConditionModel and
-AutoencoderKL, ``torch.optim.AdamW``; attention is PyTorch's ``scaled_dot_product_attention`` everywhere. What they
-lack is written here: deformable attention through ``grid_sample``, the synchronizers, the vision adapter, the
-glue. One thing is left out, the norm of queries and keys in the visual Q-Former, which the stock one lacks.
+Stock: ``transformers`` LlamaModel, CLIPVisionModel and Blip2QFormerModel, ``diffusers`` UNet2DConditionModel
+and AutoencoderKL, ``torch.optim.AdamW`` (the fused one); attention is PyTorch's
+``scaled_dot_product_attention`` where the parts allow it. What they lack is written here: deformable
+attention through ``grid_sample``, the synchronizers, the vision adapter, the glue. One thing is left out, the
+norm of queries and keys in the visual Q-Former, which the stock one lacks.
 
-The work is that of our step: the same frozen parts (no weight gradients; the language model's activations have
-gradients, as trained parts lie below it), the same tokens. Only images that exist are computed, as a PyTorch
-user would do it; our batch has them padded.
+The work is that of our step: the same frozen parts (no weight gradients; the language model's activations
+have gradients, as trained parts lie below it) and the same tokens. Only images that exist are computed, as a
+PyTorch user would do it; our batch has them padded.
 
 Letters: B rows, T tokens, I images of the batch, Q queries, V pixels of all levels, C channels.
 """
@@ -24,8 +25,10 @@ SCALE = 0.18215
 
 
 def read(values, locations, weights, sides):
-    """Deformable reads: values [I, V, heads, c], locations [I, Q, heads, levels, points, 2] in [0, 1], weights
-    [I, Q, heads, levels, points] -> [I, Q, heads * c], the weighted sum of bilinear samples."""
+    """The weighted sum of bilinear samples [I, Q, heads * c].
+
+    values [I, V, heads, c], locations [I, Q, heads, levels, points, 2] in [0, 1], weights without the 2.
+    """
     images, queries, heads, _, points, _ = locations.shape
     total, start = 0, 0
     for level, side in enumerate(sides):
@@ -81,7 +84,11 @@ class Synchronizer(nn.Module):
         h = self.query(x)[:, :, None] + self.relative(index)
         shift = self.offsets(h).view(b, q, n, heads, 1, self.points, 2) / self.base
         a = self.logits(h).view(b, q, n, heads, levels, self.points + 1)[..., :-1]
-        a = a.masked_fill(~visible[..., None, None, None], -1e4).permute(0, 1, 3, 2, 4, 5).reshape(b, q, heads, -1)
+        a = (
+            a.masked_fill(~visible[..., None, None, None], -1e4)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(b, q, heads, -1)
+        )
         # The ignore slots sum to exp(0) = 1: one more logit of zero.
         a = F.softmax(torch.cat([a, a.new_zeros(b, q, heads, 1)], -1), -1)
         weights, ignored = a[..., :-1].view(b, q, heads, n, levels, self.points), a[..., -1:]
@@ -143,7 +150,9 @@ class Deformable(nn.Module):
         where = reference[:, None, None, None] + offsets / torch.tensor(sides, device=x.device)[:, None, None]
         weights = F.softmax(self.weights(query).view(b, q, self.shape[0], -1), -1).view(b, q, *self.shape)
         values = self.values(self.source_norm(source))
-        return self.out(read(values.view(b, -1, self.shape[0], values.shape[-1] // self.shape[0]), where, weights, sides))
+        return self.out(
+            read(values.view(b, -1, self.shape[0], values.shape[-1] // self.shape[0]), where, weights, sides)
+        )
 
 
 class Extractor(nn.Module):
@@ -190,7 +199,9 @@ class Tower(nn.Module):
         self.level = nn.Parameter(torch.randn(3, d))
         self.injectors = nn.ModuleList([Deformable(d, heads, points, 3) for _ in range(blocks)])
         self.gammas = nn.ParameterList([torch.zeros(d) for _ in range(blocks)])
-        self.extractors = nn.ModuleList([Extractor(d, heads, points, self.sides) for _ in range(blocks + extra)])
+        self.extractors = nn.ModuleList(
+            [Extractor(d, heads, points, self.sides) for _ in range(blocks + extra)]
+        )
         self.up = nn.ConvTranspose2d(d, d, 2, 2)
         self.proj, self.token_norm, self.out_norm = nn.Linear(d, d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.register_buffer("table_x", F.pad(sincos_2d(g, d).flatten(0, 1), (0, 0, 1, 0)))
@@ -308,7 +319,10 @@ class Model(nn.Module):
         )
         self.new, self.soi_token = nn.Linear(d, 2), nn.Parameter(torch.zeros(d))
         self.tower = Tower(c["tower"]["clip_adapter"])
-        self.visual, self.visual_proj = Resampler(c["visual_resampler"]), nn.Linear(c["visual_resampler"]["d_out"], d)
+        self.visual, self.visual_proj = (
+            Resampler(c["visual_resampler"]),
+            nn.Linear(c["visual_resampler"]["d_out"], d),
+        )
         self.context_proj, self.context = nn.Linear(d, d), Resampler(c["context_resampler"])
         self.null = nn.Parameter(torch.randn(c["context_resampler"]["queries"], wide) * 0.02)
         self.unet = UNet2DConditionModel(
@@ -351,7 +365,9 @@ class Model(nn.Module):
 
         logits = self.head(hidden)
         logits[..., -2:] += self.new(hidden)
-        text = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        text = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
         image = self.image_loss(batch, hidden, torch.cat(flat, 1), rows, at)
         return text + 10 * image
 
@@ -367,7 +383,12 @@ class Model(nn.Module):
         places = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.llm.rotary_emb(x, position_ids=places)
         for i, layer in enumerate(self.llm.layers):
-            x = x + layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[0]
+            x = (
+                x
+                + layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[
+                    0
+                ]
+            )
             every = self.config["backbone"]["sync_every"]
             if i % every == 0:
                 x = self.syncs[i // every](x, padded, batch["visible"])

@@ -56,9 +56,7 @@ def section(
     sides = [4 * grid, 2 * grid, grid, grid // 2]
     sync = dict(heads=sync_heads, points=sync_points, d_maps=seen)
     return dict(
-        layout=dict(
-            image_size=tower["image_size"], target_size=target, image_tokens=slots, soi_id=vocab - 2
-        ),
+        layout=dict(image_size=tower["image_size"], target_size=target, image_tokens=slots, soi_id=vocab - 2),
         backbone=dict(
             vocab=vocab,
             width=width,
@@ -70,9 +68,7 @@ def section(
         ),
         tower=dict(clip_adapter=dict(clip=tower, stem_width=stem, heads=sync_heads, points=4)),
         visual_resampler=dict(**resampler, d_in=seen, queries=slots, cross_every=2, dropout=0.0),
-        context_resampler=dict(
-            **context, d_in=width, layers=1, cross_every=1, qk_norm=False, dropout=0.0
-        ),
+        context_resampler=dict(**context, d_in=width, layers=1, cross_every=1, qk_norm=False, dropout=0.0),
         unet=dict(**unet, side=target // 8, context_width=context["d_out"]),
         unet_sync=dict(**sync, d_values=sync_width, sides=sides, position_grid=target // 8),
         autoencoder=dict(widths=list(vae), norm_groups=vae_groups),

@@ -30,8 +30,9 @@ def attend(
 ) -> jax.Array:
     """softmax(scale q k^T) v with grouped-query heads; the softmax is taken in float32.
 
-    Above :data:`KEPT` scores, none are kept: the backward pass makes them again from the queries, the keys and
-    one number per query (FlashAttention, arXiv 2205.14135), and a CPU makes them in blocks of queries.
+    Above :data:`KEPT` scores, none are kept: the backward pass makes them again from queries, keys and one
+    number per query (FlashAttention, arXiv 2205.14135), and a CPU makes them in blocks of queries. Second
+    derivatives are then not defined.
 
     Args:
         q: [B, T, N, H].
@@ -110,8 +111,10 @@ def _backward(q, k, v, mask, out, total, grad, scale):
 
 
 def _cut(t: int, per_query: int):
-    """Functions that cut an array [B, K, G, T, ..] (axis 3) into blocks of queries, and join blocks again; None
-    where one block holds all."""
+    """How to cut [B, K, G, T, ..] (or another `axis` of T) into blocks of queries, and how to join results.
+
+    None where one block holds all.
+    """
     count = math.ceil(t / max(BLOCK // per_query, 1))
     size = math.ceil(t / count)
     if count == 1:

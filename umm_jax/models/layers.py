@@ -207,8 +207,8 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Sums over space for each channel first, and only they are put in groups: the map keeps its channels as
-        # the inner axis, not the two or four of a group, which is several times faster on a CPU.
+        # Means over space for each channel first, and only they are put in groups: the map keeps its channels
+        # as the inner axis, not the two or four of a group, which is several times faster on a CPU.
         y = x.astype(jnp.float32)
         y = y - self._of_group(jnp.mean(y, axis=(-3, -2)))
         gain = jax.lax.rsqrt(self._of_group(jnp.mean(y * y, axis=(-3, -2))) + self.eps)
