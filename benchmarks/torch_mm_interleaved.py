@@ -1,13 +1,14 @@
 """The PyTorch baseline of ``train_step.py``: an MM-Interleaved of stock parts, at the sizes of a row.
 
-Stock: ``transformers`` LlamaModel, CLIPVisionModel and Blip2QFormerModel, ``diffusers`` UNet2DConditionModel and
-AutoencoderKL, ``torch.optim.AdamW``; attention is PyTorch's ``scaled_dot_product_attention`` everywhere. What they
-lack is written here: deformable attention through ``grid_sample``, the synchronizers, the vision adapter, the
-glue. One thing is left out, the norm of queries and keys in the visual Q-Former, which the stock one lacks.
+Stock: ``transformers`` LlamaModel, CLIPVisionModel and Blip2QFormerModel, ``diffusers`` UNet2DConditionModel
+and AutoencoderKL, ``torch.optim.AdamW`` (the fused one); attention is PyTorch's
+``scaled_dot_product_attention`` where the parts allow it. What they lack is written here: deformable
+attention through ``grid_sample``, the synchronizers, the vision adapter, the glue. One thing is left out, the
+norm of queries and keys in the visual Q-Former, which the stock one lacks.
 
-The work is that of our step: the same frozen parts (no weight gradients; the language model's activations have
-gradients, as trained parts lie below it), the same tokens. Only images that exist are computed, as a PyTorch
-user would do it; our batch has them padded.
+The work is that of our step: the same frozen parts (no weight gradients; the language model's activations
+have gradients, as trained parts lie below it) and the same tokens. Only images that exist are computed, as a
+PyTorch user would do it; our batch has them padded.
 
 Letters: B rows, T tokens, I images of the batch, Q queries, V pixels of all levels, C channels.
 """
@@ -24,8 +25,10 @@ SCALE = 0.18215
 
 
 def read(values, locations, weights, sides):
-    """Deformable reads: values [I, V, heads, c], locations [I, Q, heads, levels, points, 2] in [0, 1], weights
-    [I, Q, heads, levels, points] -> [I, Q, heads * c], the weighted sum of bilinear samples."""
+    """The weighted sum of bilinear samples [I, Q, heads * c].
+
+    values [I, V, heads, c], locations [I, Q, heads, levels, points, 2] in [0, 1], weights without the 2.
+    """
     images, queries, heads, _, points, _ = locations.shape
     total, start = 0, 0
     for level, side in enumerate(sides):

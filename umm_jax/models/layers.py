@@ -205,11 +205,18 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        mean = jnp.mean(y, axis=(-4, -3, -1), keepdims=True)
-        y = y - mean
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(-4, -3, -1), keepdims=True) + self.eps)
-        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        # Means over space for each channel first, and only they are put in groups: the map keeps its channels
+        # as the inner axis, not the two or four of a group, which is several times faster on a CPU.
+        y = x.astype(jnp.float32)
+        y = y - self._of_group(jnp.mean(y, axis=(-3, -2)))
+        gain = jax.lax.rsqrt(self._of_group(jnp.mean(y * y, axis=(-3, -2))) + self.eps)
+        return (y * (gain * self.scale[...]) + self.bias[...]).astype(x.dtype)
+
+    def _of_group(self, means: jax.Array) -> jax.Array:
+        """Means of channels [..., C] -> for each channel that of its group, [..., 1, 1, C]."""
+        groups = means.reshape(*means.shape[:-1], self.groups, -1)
+        groups = jnp.broadcast_to(jnp.mean(groups, axis=-1, keepdims=True), groups.shape)
+        return groups.reshape(*means.shape[:-1], 1, 1, -1)
 
 
 class Modules(nnx.Module):

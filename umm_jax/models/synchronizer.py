@@ -173,8 +173,8 @@ class Synchronizer(nnx.Module):
         scale = [np.broadcast_to(u, 2) / (w, h) / c.base for u, (h, w) in zip(units, c.shapes)]
         centre = jnp.full((1, 2), 0.5) if reference is None else reference
         centre = centre.astype(jnp.float32).reshape(-1, centre.shape[-2], 1, 1, 1, 2)
-        # Level by level, not broadcast: the gradient is then a sum of a few slices. As a reduction over an
-        # axis of seven it overflows a buffer of XLA's CPU kernels (JAX 0.10.2: a crash).
+        # Level by level, not broadcast: the gradient is then a sum of a few slices. As a reduction over one
+        # of seven axes it crashes in XLA's CPU kernels at some shapes (JAX 0.10.2).
         locations = jnp.stack([centre + offsets * s.astype(np.float32) for s in scale], axis=4)
 
         read = sample(values, locations, weights, c.sides, implementation=c.implementation)
