@@ -12,9 +12,9 @@ first row, ``bench``, is one for which the reference implementation has been tim
 Both sides live in a process of their own, on the same `--threads` cores, and take turns: a block of steps of
 one, then of the other, so that a change of the machine's speed meets both. Reported are medians and quartiles
 of wall and CPU seconds per step; the ratio is that of neighbouring blocks, above 1 where ours is faster.
-Where other programs use the machine, only CPU seconds with ``--threads 1`` mean much. Peak memory of the steps is
-measured after the first one, so that it leaves out compilation; that of the process's whole life stands
-beside it.
+Where other programs use the machine, only CPU seconds with ``--threads 1`` mean much. Peak memory of the
+steps is measured after the first one, so that it leaves out compilation; that of the process's whole life
+stands beside it.
 """
 
 import argparse

@@ -160,13 +160,17 @@ class Synchronizer(nnx.Module):
         hidden = self.query(query)
         table = self.relative[...][: n + 1].astype(query.dtype)
         index = jax.nn.one_hot(relative_index(visible), n + 1, dtype=query.dtype)
-        kernel, bias = self._heads(query.dtype)
-        per_image = (hidden @ kernel + bias)[:, :, None] + index @ (table @ kernel)
-        per_image = per_image.astype(jnp.float32)  # [B, Q, N, offsets and logits]
 
-        split = c.heads * c.points * 2
-        offsets = per_image[..., :split].reshape(b, q, n, c.heads, c.points, 2)
-        logits = per_image[..., split:].reshape(b, q, n, c.heads, levels, c.points)
+        def per_image(kernel, bias):
+            """[B, Q, N, K] in float32 of kernel [D, K] and bias [K]."""
+            kernel, bias = kernel.astype(query.dtype), bias.astype(query.dtype)
+            out = (hidden @ kernel + bias)[:, :, None] + index @ (table @ kernel)
+            return out.astype(jnp.float32)
+
+        # Two products, not one that is cut in two: cutting, and joining in the backward pass, copies both.
+        offsets = per_image(self.offsets.kernel[...], self.offsets.bias[...])
+        offsets = offsets.reshape(b, q, n, c.heads, c.points, 2)
+        logits = per_image(*self._used_logits()).reshape(b, q, n, c.heads, levels, c.points)
         weights, ignored = softmax_plus_one(logits, visible[:, :, :, None, None, None])
 
         units = c.units or tuple((w, h) for h, w in c.shapes)
@@ -182,16 +186,12 @@ class Synchronizer(nnx.Module):
         read = read + (ignored[..., None] * nothing).astype(read.dtype)
         return self.out(read.reshape(b, q, -1))
 
-    def _heads(self, dtype):
-        """Kernel [D, K] and bias [K] of offsets and used logits side by side."""
+    def _used_logits(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel [D, K] and bias [K] of the logits without those of the ignore slots."""
         c = self.config
         used = (c.heads * len(c.sides), c.points + 1)
         kernel = self.logits.kernel[...].reshape(c.d_query, *used)[..., :-1].reshape(c.d_query, -1)
-        bias = self.logits.bias[...].reshape(used)[..., :-1].reshape(-1)
-        return (
-            jnp.concatenate([self.offsets.kernel[...], kernel], axis=1).astype(dtype),
-            jnp.concatenate([self.offsets.bias[...], bias]).astype(dtype),
-        )
+        return kernel, self.logits.bias[...].reshape(used)[..., :-1].reshape(-1)
 
 
 def softmax_plus_one(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
