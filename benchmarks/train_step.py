@@ -30,16 +30,6 @@ from pathlib import Path
 
 from train_step_rows import ROWS, make_batch
 
-FROZEN = [
-    "autoencoder/",
-    "tower/clip/",
-    "embed/",
-    "backbone/layers/",
-    "backbone/norm/",
-    "head/base/",
-    "core/ignore",
-]
-
 
 class Ours:
     """The compiled step on a batch that does not move."""
@@ -48,21 +38,16 @@ class Ours:
         import jax
 
         from umm_jax import config, families, sharding
+        from umm_jax.families.mm_interleaved.recipe import optimizer_groups
         from umm_jax.train import state, step
         from umm_jax.train.optimizer import flatten
 
         family = families.get("mm_interleaved")
-        groups = [
-            dict(match=FROZEN, optimizer="frozen"),
-            dict(match=["offsets"], lr_scale=0.1),
-            dict(match=["unet/"], lr_scale=0.1, weight_decay=0.05),
-            dict(match=[], weight_decay=0.05),
-        ]
         sections = dict(
             family="mm_interleaved",
             model=row.model,
             data=dict(tokens=row.tokens, images=max(row.images), batch_size=len(row.images)),
-            optim=dict(lr=1e-4, b1=0.9, b2=0.995, eps=1e-6, clip=1.0, groups=groups),
+            optim=dict(lr=1e-4, b1=0.9, b2=0.995, eps=1e-6, clip=1.0, groups=optimizer_groups()),
             train=dict(loss=dict(text=1.0, image=10.0)),
         )
         run = config.from_dict(config.RunConfig, sections)
