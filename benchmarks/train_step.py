@@ -60,7 +60,7 @@ class Ours:
             "total": sum(sizes.values()),
             "trained": sum(n for path, n in sizes.items() if path not in frozen),
         }
-        self.state, self.jax = state.init(plan, run), jax
+        self.state, self.jax = state.with_params(plan, run, parameters(plan.abstract["params"])), jax
         self.batch = sharding.put_batch(make_batch(row), mesh)
         start = time.perf_counter()
         self.run = step.make_step(plan, run).lower(self.state, self.batch).compile()
@@ -75,6 +75,26 @@ class Ours:
     def device_peak(self) -> int | None:
         stats = self.jax.devices()[0].memory_stats()
         return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def parameters(abstract: dict) -> dict:
+    """Random ones, drawn by numpy: the program that initialises a model takes minutes to compile."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(tree: dict) -> dict:
+        return {
+            name: draw(leaf) if isinstance(leaf, dict) else one(name, leaf) for name, leaf in tree.items()
+        }
+
+    def one(name: str, leaf) -> np.ndarray:
+        if name == "scale":
+            return np.ones(leaf.shape, np.float32)
+        fan_in = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else leaf.shape[0]
+        return rng.standard_normal(leaf.shape, np.float32) / max(fan_in, 1) ** 0.5
+
+    return draw(abstract)
 
 
 class Torch:
