@@ -150,8 +150,11 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         lead, kernel = x.shape[:-3], self.kernel[...].astype(x.dtype)
         x = x.reshape((-1, *x.shape[-3:]))
-        if self.groups > 1 and kernel.shape[2] == 1 and kernel.shape[3] == x.shape[-1] and self.stride == 1:
+        if self.stride == 1 and self.groups > 1 and kernel.shape[2:] == (1, x.shape[-1]):
             y = depthwise(x, kernel[:, :, 0], self.padding)
+        elif self.stride == 1 and kernel.shape[:2] == (1, 1) and self.padding == ((0, 0), (0, 0)):
+            # One pixel at a time: a product, whose gradients a CPU takes twice as fast.
+            y = x @ kernel[0, 0]
         else:
             y = jax.lax.conv_general_dilated(
                 x,
