@@ -7,7 +7,7 @@ worker that reads ``.stream`` never loads JAX. A new family is a new folder with
     stream.py      Serializer: Conversation -> Stream (numpy only); control_pieces of its tokenizer
     model.py       build(config, rngs) -> nnx.Module
     generate.py    Replier: conversations -> replies
-    weights.py     names and layouts of released checkpoints (none has it yet)
+    weights.py     table(config): names and layouts of released checkpoints
 
 What each must offer is written down in ``contract.py``.
 """
