@@ -2,7 +2,8 @@
 
 All rows of a batch move together. What has been read is kept in a :class:`Memory` (keys, values, hidden
 states, image features), so nothing is computed twice, within a reply and from one turn to the next. Texts,
-turns and conversations are not known here: see ``generate.py``.
+turns and conversations are not known here: see ``generate.py``. One file, as every function in it must keep
+the same memory in order.
 """
 
 import functools
