@@ -44,7 +44,7 @@ class Row:
     @property
     def passed(self) -> bool:
         # A NaN is no number that could be small enough.
-        return bool(np.isfinite(self.error)) and self.relative <= self.tolerance
+        return bool(np.isfinite(self.error) and self.relative <= self.tolerance)
 
 
 def compared(
@@ -70,8 +70,9 @@ def compared(
     error = float(np.max(np.abs(ours - theirs), where=counts, initial=0.0))
     if not np.isfinite(ours[counts]).all():
         error = float("nan")
-    found = float(np.max(np.abs(theirs), where=counts, initial=0.0))
-    return Row(file, tensor, error, found if scale is None else scale, tolerance)
+    if scale is None:
+        scale = np.max(np.abs(theirs), where=counts, initial=0.0)
+    return Row(file, tensor, error, float(scale), tolerance)
 
 
 def equal(file: str, tensor: str, ours: Any, theirs: Any) -> Row:
