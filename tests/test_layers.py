@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from umm_jax.models.layers import Conv, GroupNorm
+from umm_jax.models.layers import Conv, GroupNorm, LayerNorm, RMSNorm, activation, lean
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,25 @@ def test_group_norm_normalises_each_group_over_space(groups):
     y = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-5)
     expected = y.reshape(2, 4, 5, 6) * np.arange(1, 7) + np.arange(6)
     np.testing.assert_allclose(norm(x), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [
+        (lambda: RMSNorm(64, rngs=nnx.Rngs(0)), 64),
+        (lambda: LayerNorm(64, rngs=nnx.Rngs(0)), 64),
+        (lambda: GroupNorm(64, 8, rngs=nnx.Rngs(0)), 64),
+        *((lambda name=name: activation(name), 64) for name in ("silu", "gelu", "gelu_tanh", "quick_gelu")),
+    ],
+)
+def test_norms_and_activations_keep_their_argument_and_nothing_else_of_its_size(make, width):
+    layer, x = make(), jnp.ones((2, 16, 16, width))
+    pull = jax.eval_shape(lambda x: jax.vjp(layer, x)[1], x)
+    assert sum(leaf.size >= x.size for leaf in jax.tree.leaves(pull)) == 1
+
+
+def test_a_product_at_the_end_of_a_lean_function_is_not_computed_again():
+    kernel = jnp.ones((8, 8))
+    step = jax.grad(lambda x: jnp.sum(lean(lambda x: jnp.tanh(x) @ kernel)(x) ** 2))
+    # Once forwards, and once for the gradient of its argument.
+    assert str(jax.make_jaxpr(step)(jnp.ones((4, 8)))).count("dot_general") == 2

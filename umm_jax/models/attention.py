@@ -13,8 +13,8 @@ import jax.numpy as jnp
 # Large enough to vanish after the softmax in float32, small enough not to overflow in bfloat16.
 MASKED = -1e30
 
-# Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (16 MiB).
-KEPT = 2**22
+# Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
+KEPT = 2**19
 
 # Scores a CPU makes at a time: what its caches hold beside the rest (2**19 to 2**21 are alike).
 BLOCK = 2**20

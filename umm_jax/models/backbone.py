@@ -143,8 +143,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         act = L.activation(self.activation)
-        h = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(constrain(h, "batch", None, "mlp"))
+
+        @L.lean
+        def out(up, gate=None):
+            h = act(up) if gate is None else act(gate) * up
+            return self.down(constrain(h, "batch", None, "mlp"))
+
+        return out(self.up(x)) if self.gate is None else out(self.up(x), self.gate(x))
 
 
 class Layer(nnx.Module):

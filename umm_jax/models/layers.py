@@ -57,6 +57,17 @@ def constant(value: float) -> Initializer:
     return jax.nn.initializers.constant(value)
 
 
+def lean(f: Callable) -> Callable:
+    """`f`, keeping nothing but its arguments for the backward pass, which computes the rest again.
+
+    For what lies between two products: a norm or an activation written in JAX keeps three to six arrays of
+    its argument's size, which is most of the memory of a training step, while making them again is cheap. A
+    product at the end of `f` is not computed again, as its gradient does not need its result. Arrays that
+    `f` closes over count as arguments.
+    """
+    return jax.checkpoint(f)
+
+
 class Keys:
     """The stream of keys parameters are made from; takes the place of ``nnx.Rngs``.
 
@@ -196,7 +207,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (unit_rms(x.astype(jnp.float32), self.eps) * self.scale[...]).astype(x.dtype)
+        @lean
+        def norm(x, scale):
+            return (unit_rms(x.astype(jnp.float32), self.eps) * scale).astype(x.dtype)
+
+        return norm(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -208,10 +223,14 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        @lean
+        def norm(x, scale, bias):
+            y = x.astype(jnp.float32)
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+            return (y * scale + bias).astype(x.dtype)
+
+        return norm(x, self.scale[...], self.bias[...])
 
 
 class GroupNorm(nnx.Module):
@@ -227,10 +246,14 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # Means over space for each channel first, and only they are put in groups: the map keeps its channels
         # as the inner axis, not the two or four of a group, which is several times faster on a CPU.
-        y = x.astype(jnp.float32)
-        y = y - self._of_group(jnp.mean(y, axis=(-3, -2)))
-        gain = jax.lax.rsqrt(self._of_group(jnp.mean(y * y, axis=(-3, -2))) + self.eps)
-        return (y * (gain * self.scale[...]) + self.bias[...]).astype(x.dtype)
+        @lean
+        def norm(x, scale, bias):
+            y = x.astype(jnp.float32)
+            y = y - self._of_group(jnp.mean(y, axis=(-3, -2)))
+            gain = jax.lax.rsqrt(self._of_group(jnp.mean(y * y, axis=(-3, -2))) + self.eps)
+            return (y * (gain * scale) + bias).astype(x.dtype)
+
+        return norm(x, self.scale[...], self.bias[...])
 
     def _of_group(self, means: jax.Array) -> jax.Array:
         """Means of channels [..., C] -> for each channel that of its group, [..., 1, 1, C]."""
@@ -358,12 +381,12 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     next to nothing where the others need an exponential (So et al. 2021, arXiv 2109.08668).
     """
     functions = {
-        "silu": jax.nn.silu,
+        "silu": lean(jax.nn.silu),
         "relu": jax.nn.relu,
         "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "gelu": lean(lambda x: jax.nn.gelu(x, approximate=False)),
+        "gelu_tanh": lean(lambda x: jax.nn.gelu(x, approximate=True)),
+        "quick_gelu": lean(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     }
     if name not in functions:
         raise ValueError(f"activation {name!r} is unknown; choose one of {', '.join(functions)}")

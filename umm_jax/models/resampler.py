@@ -24,6 +24,7 @@ from umm_jax.models.layers import (
     Modules,
     activation,
     dropout,
+    lean,
     normal,
     param,
     scan,
@@ -133,7 +134,7 @@ class Layer(nnx.Module):
         x = self.attention(x, x, None, keys[0])
         if self.cross is not None:
             x = self.cross(x, tokens, mask, keys[1])
-        branch = self.down(activation("gelu")(self.up(x)))
+        branch = lean(lambda h: self.down(activation("gelu")(h)))(self.up(x))
         return self.norm(x + dropout(branch, self.config.dropout, keys[2]))
 
 

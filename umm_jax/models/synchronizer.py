@@ -194,6 +194,7 @@ class Synchronizer(nnx.Module):
         return kernel, self.logits.bias[...].reshape(used)[..., :-1].reshape(-1)
 
 
+@layers.lean
 def softmax_plus_one(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
     """e^a / (1 + sum e^a) over images, levels and points.
 
@@ -228,7 +229,7 @@ class BackboneSync(nnx.Module):
 
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`."""
-        return self.core.project([self.map_norm(m) for m in maps])
+        return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)
 
     def __call__(self, x: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
         """[B, Q, D], `values` from :meth:`project` and bool [B, Q, N] -> [B, Q, D]."""
@@ -269,7 +270,7 @@ class DecoderSync(nnx.Module):
 
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`; the same at every sampling step."""
-        return self.core.project([self.map_norm(m) for m in maps])
+        return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)
 
     def __call__(self, x: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
         """[B, h, w, D], `values` of the N earlier images of each and bool [B, N] -> [B, h, w, D]."""

@@ -22,6 +22,7 @@ from umm_jax.models.layers import (
     RMSNorm,
     activation,
     depth_to_space,
+    lean,
     zeros,
 )
 
@@ -97,17 +98,21 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """x [B, h, w, d_in], time [B, d_time] -> [B, h, w, d_out]."""
         act = activation(self.act)
-        y = self.conv_1(act(self.norm_1(x)))
-        if self.time is None:
-            y = self.norm_2(y)
-        else:
-            mixed = self.time(jax.nn.silu(time)).astype(x.dtype)[:, None, None]
-            if self.conditioning == "add":
+        y = lean(lambda x: self.conv_1(act(self.norm_1(x))))(x)
+        mixed = None if self.time is None else self.time(jax.nn.silu(time)).astype(x.dtype)[:, None, None]
+
+        @lean
+        def second(y, mixed):
+            if mixed is None:
+                y = self.norm_2(y)
+            elif self.conditioning == "add":
                 y = self.norm_2(y + mixed)
             else:
                 scale, shift = jnp.split(mixed, 2, axis=-1)
                 y = self.norm_2(y) * (1 + scale) + shift
-        y = self.conv_2(act(y))
+            return self.conv_2(act(y))
+
+        y = second(y, mixed)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -160,7 +165,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(h * jax.nn.gelu(gate, approximate=False))
+        return lean(lambda h, gate: self.out(h * jax.nn.gelu(gate, approximate=False)))(h, gate)
 
 
 class TransformerBlock(nnx.Module):

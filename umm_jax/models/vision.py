@@ -14,7 +14,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.attention import attend, merge_heads, split_heads
-from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, normal, param, scan, stack
+from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, lean, normal, param, scan, stack
 
 
 class VisionOutput(NamedTuple):
@@ -79,7 +79,7 @@ class ClipLayer(nnx.Module):
         y = self.attention_norm(x)
         q, k, v = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
         x = x + self.out(merge_heads(attend(q, k, v)))
-        return x + self.down(activation("quick_gelu")(self.up(self.mlp_norm(x))))
+        return x + lean(lambda h: self.down(activation("quick_gelu")(h)))(self.up(self.mlp_norm(x)))
 
 
 class Clip(nnx.Module):

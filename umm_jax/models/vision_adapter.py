@@ -174,7 +174,7 @@ class Extractor(nnx.Module):
         c = c + self.attention(self.query_norm(c), centres, self.source_norm(x), (g,))
         hidden = self.up(self.mlp_norm(c))
         hidden = flatten_maps([self.conv(m) for m in split_maps(hidden, (2 * g, g, g // 2))])
-        return c + self.down(L.activation("gelu")(hidden))
+        return c + L.lean(lambda h: self.down(L.activation("gelu")(h)))(hidden)
 
 
 class Interaction(nnx.Module):
@@ -207,7 +207,7 @@ class Stem(nnx.Module):
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         maps = []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = jax.nn.relu(norm(conv(x)))
+            x = L.lean(lambda y, norm=norm: jax.nn.relu(norm(y)))(conv(x))
             if i == 2:
                 # 3x3 maximum with stride 2; the border never wins, as everything is positive.
                 x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umm_jax import sharding
+from umm_jax import compiler, sharding
 from umm_jax.config import RunConfig
 from umm_jax.models.layers import Keys
 from umm_jax.train.optimizer import Optimizer, Tree, flatten, unflatten
@@ -105,8 +105,8 @@ def init(plan: Plan, run: RunConfig) -> TrainState:
 
     # Random numbers for a hundred arrays are a large program that runs once: on CPU, optimising it costs six
     # times what it takes to compile it plainly, and the bits are the same.
-    plainly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(create, out_shardings=plan.shardings, compiler_options=plainly)()
+    options = compiler.once(plan.mesh.devices.flat)
+    return jax.jit(create, out_shardings=plan.shardings, compiler_options=options)()
 
 
 def with_params(plan: Plan, run: RunConfig, params: Tree) -> TrainState:

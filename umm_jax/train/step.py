@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umm_jax import sharding
+from umm_jax import compiler, sharding
 from umm_jax.config import RunConfig, suggest
 from umm_jax.errors import ConfigError
 from umm_jax.families.contract import AutoencoderModel
@@ -76,6 +76,7 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
         in_shardings=(plan.shardings, sharding.batch_sharding(mesh)),
         out_shardings=(plan.shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler.often(mesh.devices.flat),
     )
 
 

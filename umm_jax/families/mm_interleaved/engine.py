@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from umm_jax import compiler
 from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.model import MMInterleaved, build
 from umm_jax.models.backbone import Cache
@@ -86,15 +87,16 @@ class Engine:
         self.config, self.params = config, params
         self.never = np.zeros(config.vocab, bool) if never is None else never
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(config, Keys(0))))[0]
-        self._read = jax.jit(self._read_tokens)
-        self._room = jax.jit(self._make_room, static_argnames=("tokens", "images"))
-        self._write = jax.jit(self._write_text, static_argnames=("limit", "stops", "penalized"))
-        self._widen = jax.jit(self._repeat, static_argnames="times")
-        self._beam = jax.jit(self._beam_step, static_argnames=("stops", "penalized", "keep"))
-        self._draw = jax.jit(self._draw_image, static_argnames=("steps", "guided"))
-        self._look = jax.jit(self._look_back)
-        self._rewind = jax.jit(self._forget)
-        self._empty = jax.jit(self._make_empty, static_argnames=("rows", "tokens", "images"))
+        jit = functools.partial(jax.jit, compiler_options=compiler.often())
+        self._read = jit(self._read_tokens)
+        self._room = jit(self._make_room, static_argnames=("tokens", "images"))
+        self._write = jit(self._write_text, static_argnames=("limit", "stops", "penalized"))
+        self._widen = jit(self._repeat, static_argnames="times")
+        self._beam = jit(self._beam_step, static_argnames=("stops", "penalized", "keep"))
+        self._draw = jit(self._draw_image, static_argnames=("steps", "guided"))
+        self._look = jit(self._look_back)
+        self._rewind = jit(self._forget)
+        self._empty = jit(self._make_empty, static_argnames=("rows", "tokens", "images"))
 
     def model(self, params) -> MMInterleaved:
         """The module with `params` in it."""
