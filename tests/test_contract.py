@@ -41,6 +41,8 @@ def test_a_family_offers_what_is_asked_of_one(name):
     made = inspect.signature(family.model.build).return_annotation
     assert not missing(made, contract.AutoencoderModel)
     assert not missing(family.generate.Replier, contract.Replier)
+    assert not missing(family.weights, contract.WeightsPart)
+    assert family.weights.ARCHITECTURE and family.weights.PARTS
 
 
 def test_what_the_family_makes_fits_too():

@@ -59,8 +59,8 @@ def test_impossible_sizes():
         PyramidConfig(image_size=20)
     with pytest.raises(ConfigError, match="patch 14"):
         ClipConfig(image_size=225)
-    with pytest.raises(ConfigError, match="blocks"):
-        ClipAdapterConfig(blocks=5)
+    with pytest.raises(ConfigError, match="blocks=8: each of the 4 maps"):
+        ClipAdapterConfig(blocks=8)
 
 
 def test_maps_and_tokens_are_inverse():

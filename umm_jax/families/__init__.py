@@ -7,7 +7,7 @@ worker that reads ``.stream`` never loads JAX. A new family is a new folder with
     stream.py      Serializer: Conversation -> Stream (numpy only); control_pieces of its tokenizer
     model.py       build(config, rngs) -> nnx.Module
     generate.py    Replier: conversations -> replies
-    weights.py     table(config): names and layouts of released checkpoints
+    weights.py     table(config) and what else stands between us and released checkpoints
 
 What each must offer is written down in ``contract.py``.
 """
@@ -33,6 +33,7 @@ class Family:
     stream: "contract.StreamPart"
     model: "contract.ModelPart"
     generate: "contract.GeneratePart"
+    weights: "contract.WeightsPart"
 
     def __init__(self, name: str):
         self.name = name

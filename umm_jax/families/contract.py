@@ -7,6 +7,7 @@ Loads no JAX, so that type hints cost nothing where arrays are not touched.
     stream.py      Serializer, control_pieces         -> StreamPart, Serializer
     model.py       build(config, rngs)                -> ModelPart, Model (AutoencoderModel)
     generate.py    Replier                            -> GeneratePart, Replier
+    weights.py     table, config_of, stock_part, ...  -> WeightsPart
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from umm_jax.stream import Stream, StreamSpec
 if TYPE_CHECKING:
     import jax
     from flax import nnx
+
+    from umm_jax.weights.hub import StockPart
+    from umm_jax.weights.table import Table
 
 Batch = Mapping[
     str, Mapping[str, "jax.Array"]
@@ -149,3 +153,45 @@ class Replier(Protocol):
 
 class GeneratePart(Protocol):
     Replier: type[Replier]
+
+
+# --- weights.py: the released checkpoints ---------------------------------------------------------
+
+
+class WeightsPart(Protocol):
+    """Names and layouts of the tensors other software reads and writes, for ``umm convert``.
+
+    Attributes:
+        ARCHITECTURE: what the ``config.json`` of an export calls the model.
+        PARTS: names of the parts that stock classes of other libraries load, for :meth:`stock_part`.
+    """
+
+    ARCHITECTURE: str
+    PARTS: tuple[str, ...]
+
+    def table(self, config: ModelConfig) -> "Table":
+        """Rows between the release's tensors and our parameters, complete in both directions.
+
+        Raises:
+            ConfigError: the release has no names for a model of this config.
+        """
+
+    def release_config(self) -> ModelConfig:
+        """The config of the released checkpoint, for one that comes without a file that says."""
+
+    def config_of(
+        self, found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> ModelConfig | None:
+        """The config of a checkpoint whose ``config.json`` holds `found` and whose tensors have `shapes`.
+
+        None where the file is not of the reference's kind. Raises CheckpointError where it lacks a value.
+        """
+
+    def stock_part(
+        self, name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
+    ) -> "StockPart":
+        """One of PARTS; `found` are the names and shapes of the stock folder that is read, if one is.
+
+        Raises:
+            ConfigError: that part of this model is not laid out like the stock one.
+        """

@@ -35,7 +35,7 @@ class ClipAdapterConfig:
 
     Attributes:
         clip: the transformer.
-        blocks: interaction blocks; divides ``clip.layers``.
+        blocks: interaction blocks, one for each of the four maps; divides ``clip.layers``.
         extra: extractors after the last block.
         heads, points: of the deformable attention.
         value_ratio: its value width, relative to the transformer's.
@@ -60,6 +60,11 @@ class ClipAdapterConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
+        if self.blocks != len(self.sides):
+            raise ConfigError(
+                f"blocks={self.blocks}: each of the {len(self.sides)} maps takes the patches of one block, "
+                f"so there are {len(self.sides)}"
+            )
         if self.clip.layers % self.blocks:
             raise ConfigError(f"{self.clip.layers} CLIP layers do not divide into {self.blocks} blocks")
         if self.clip.grid % 2:
@@ -268,7 +273,7 @@ class ClipAdapter(nnx.Module):
         # The patches after each block join the map of their depth, resized to it.
         maps = [finest + up, c2, c3, c4]
         seen = [p.reshape(p.shape[0], g, g, -1) for p in patches]
-        return x, [m + resize(p, m.shape[1:3]) for m, p in zip(maps, seen)]
+        return x, [m + resize(p, m.shape[1:3]) for m, p in zip(maps, seen, strict=True)]
 
     def look(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised pixels -> the stem's finest map [B, 4g, 4g, D] and the other three as tokens."""

@@ -49,7 +49,7 @@ PARTS = ("llm", "clip", "unet", "vae")  # what stock classes load, and what a pr
 
 
 def stock_part(
-    name: str, c: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
+    name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
 ) -> hub.StockPart:
     """One of PARTS of a model.
 
@@ -59,6 +59,7 @@ def stock_part(
     Raises:
         ConfigError: that part of this model is not laid out like the stock one.
     """
+    c = config
     if name == "llm":
         if found is None:
             return hub.llama(c.backbone)
