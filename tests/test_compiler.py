@@ -1,5 +1,7 @@
 """Options for XLA: that they are known to the installed version, and change speed and not results."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +26,24 @@ def test_results_are_those_without_options(options):
 
 def test_an_option_that_this_version_does_not_have_is_left_out(monkeypatch):
     compiler._known.cache_clear()
-    monkeypatch.setattr(compiler, "_CONVOLUTIONS", {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setattr(compiler, "_LIBRARY", {"xla_cpu_no_such_option": "1"})
     try:
         assert compiler.often(jax.devices("cpu")) is None
     finally:
         compiler._known.cache_clear()
+
+
+def test_convolutions_alone_leave_the_library():
+    def both(x, kernel):
+        y = convolve(x, kernel)
+        return y, jnp.sum(y, axis=(0, 1, 2)), kernel[0, 0] @ kernel[0, 0]
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 64, 64, 64), (3, 3, 64, 64))]
+    options = compiler.often(jax.devices("cpu"))
+    if options is None:
+        pytest.skip("this version of XLA has no such list")
+    program = jax.jit(both, compiler_options=options).lower(*shapes).compile().as_text()
+    assert re.search(r" convolution\(", program) and not re.search(
+        r"ynn_fusion\S* = f32\[6,64,64,64\]", program
+    )
+    assert re.search(r"ynn_fusion\S* = f32\[64\]", program)
