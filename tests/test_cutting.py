@@ -171,21 +171,21 @@ def test_pieces_joined_again_are_the_whole():
 def test_long_captions_are_shortened_around_their_image():
     lay, words = serializer(), " ".join(["30"] * 40)
     rule = Rule(20, 9, "document")
-    last, truncated = fit_document(document("d", words, 5), lay, rule, "truncate")
+    last, truncated = fit_document(document("d", words, 5), lay, lay.spec, rule, "truncate")
     assert truncated and last["tokens"]["ids"].tolist() == [BOS] + [30] * 13 + [SOI] + [SLOT] * 4 + [EOS]
     assert last["images"]["soi"].tolist() == [14] and last["images"]["pixels"][0, 0, 0, 0] == 5
-    first, _ = fit_document(document("d", 5, words), lay, rule, "truncate")
+    first, _ = fit_document(document("d", 5, words), lay, lay.spec, rule, "truncate")
     assert first["tokens"]["ids"].tolist() == [BOS, SOI] + [SLOT] * 4 + [30] * 14, "its end is lost"
-    assert fit_document(document("d", 5, words), lay, rule, "drop") == (None, False)
+    assert fit_document(document("d", 5, words), lay, lay.spec, rule, "drop") == (None, False)
     with pytest.raises(DataError, match="record d needs 47 tokens, a row holds 20; raise data.tokens"):
-        fit_document(document("d", 5, words), lay, rule, "refuse")
-    whole, truncated = fit_document(document("d", 5, words), lay, Rule(20, 9, "image"), "refuse")
+        fit_document(document("d", 5, words), lay, lay.spec, rule, "refuse")
+    whole, truncated = fit_document(document("d", 5, words), lay, lay.spec, Rule(20, 9, "image"), "refuse")
     assert stream_length(whole)["tokens"] == 47 and not truncated, "it may be cut"
     with pytest.raises(DataError, match="an image takes 5 tokens, a row holds 4"):
-        fit_document(document("d", 5, words), lay, Rule(4, 9, "image"), "drop")
+        fit_document(document("d", 5, words), lay, lay.spec, Rule(4, 9, "image"), "drop")
     # More images than a row has room for cannot be shortened; dropped, not cut.
     many = document("d", 0, 1, 2, 3, words)
-    assert fit_document(many, lay, rule, "truncate") == (None, False)
+    assert fit_document(many, lay, lay.spec, rule, "truncate") == (None, False)
 
 
 def test_merging_removes_the_delimiters_between():
@@ -241,11 +241,13 @@ def test_weights_and_contexts_are_those_of_the_reference():
     names = {128: SOI, 129: SLOT}
     contexts, visible = [], []
     for k, (streams, real) in enumerate(rows):
-        row = pack_row(streams, lay.spec, 45, 3)
+        row = pack_row(streams, lay.spec, {"tokens": 45, "images": 3})
         tokens, images = row["tokens"], row["images"]
         assert tokens["ids"][:real].tolist() == [names.get(int(i), int(i)) for i in d["text_ids"][k, :real]]
         np.testing.assert_array_equal(tokens["weight"][1:] > 0, d["gt_text_ids"][k] != -100)
-        masked = pack_row([after_image(s, lay.spec) for s in streams], lay.spec, 45, 3)["tokens"]
+        masked = pack_row([after_image(s, lay.spec) for s in streams], lay.spec, {"tokens": 45, "images": 3})[
+            "tokens"
+        ]
         np.testing.assert_array_equal(masked["weight"][1:] > 0, d["gt_text_ids_laion"][k] != -100)
         assert d["num_image_per_seq"][k] == np.count_nonzero(images["segment_ids"])
         for soi, segment, position in zip(images["soi"], images["segment_ids"], images["positions"]):
@@ -472,7 +474,7 @@ def blocks(kind: str = "") -> list[str]:
 def test_the_row_of_the_guide():
     read = [document("a", 0, "20 21 22 23"), document("b", "20 21 22 23", 1), document("c", 2, "20 21 22 23")]
     (first, *_) = cut(read, Rule(18, 2, "image"))
-    row = pack_row([piece.stream for piece in first], serializer().spec, 18, 2)
+    row = pack_row([piece.stream for piece in first], serializer().spec, {"tokens": 18, "images": 2})
     (shown,) = [text for text in blocks() if text.startswith("tokens/segment_ids")]
     for line in shown.splitlines():
         words = line.split()

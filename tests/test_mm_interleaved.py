@@ -39,7 +39,9 @@ def streams(config):
 
 def rows(config, groups, tokens=96, images=6):
     spec = toy.serializer(config).spec
-    return jax.tree.map(jnp.asarray, batch([pack_row(group, spec, tokens, images) for group in groups]))
+    return jax.tree.map(
+        jnp.asarray, batch([pack_row(group, spec, {"tokens": tokens, "images": images}) for group in groups])
+    )
 
 
 # --- the stream -------------------------------------------------------------------------------------

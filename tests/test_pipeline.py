@@ -23,7 +23,7 @@ class Serializer:
         images={"pixels": Feature((4, 4, 3), "uint8"), "at": Feature(pad=-1, refers="tokens")},
     )
 
-    def __call__(self, conversation):
+    def __call__(self, conversation, rng=None):
         ids, image, pixels, at = [], [], [], []
         for turn in conversation.turns:
             for part in turn.parts:

@@ -127,7 +127,7 @@ LOWER = """
 
     batch = {}
     for axis, count in (("tokens", run.data.tokens), ("images", run.data.images)):
-        batch[axis] = {n: array((count, *f.shape), f.dtype) for n, f in spec.axis(axis).items()}
+        batch[axis] = {n: array((count, *f.shape), f.dtype) for n, f in spec.axes[axis].items()}
         batch[axis] |= {n: array((count,), "int32") for n in ("segment_ids", "positions")}
     text = make_step(described, run).lower(described.abstract, batch).as_text()
     print(dict(mesh.shape), len(text) > 100_000, "sharding" in text)

@@ -41,7 +41,9 @@ def ask(seed, text="make it blue"):
 def states(config, model, conversation):
     """Hidden states [T, D] of a finished conversation, read at once, and its ids."""
     stream = toy.serializer(config)(conversation)
-    whole = jax.tree.map(jnp.asarray, batch([pack_row([stream], toy.serializer(config).spec, 96, 6)]))
+    whole = jax.tree.map(
+        jnp.asarray, batch([pack_row([stream], toy.serializer(config).spec, {"tokens": 96, "images": 6})])
+    )
     return model.hidden(whole, *model.look(whole["images"]["pixels"]))[0], stream["tokens"]["ids"]
 
 

@@ -180,7 +180,8 @@ class DataConfig:
 
     Attributes:
         sources: shard folders, mixed by weight. Relative paths are relative to the working directory.
-        tokens, images: the budget of one row, on both axes.
+        tokens, images: the budget of one row, on the axes every family has; axes: on those that a family has
+            beside them, by name.
         packing: "first_fit" joins several conversations into a row, "none" gives each its own; "cut" lays the
             documents of a source end to end and cuts them into rows, as MM-Interleaved was trained, see
             ``data.cutting``. Rows, not conversations, are then mixed.
@@ -200,6 +201,7 @@ class DataConfig:
     tokenizer: str = ""
     tokens: int = 128
     images: int = 4
+    axes: dict[str, int] = field(default_factory=dict)
     packing: typing.Literal["first_fit", "none", "cut"] = "first_fit"
     compat: typing.Literal["none", "release"] = "none"
     oversize: typing.Literal["refuse", "drop", "truncate"] = "refuse"
@@ -210,13 +212,18 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.tokens < 1 or self.images < 1:
-            raise ConfigError("batch_size, tokens and images must be positive")
+        if self.batch_size < 1 or min(self.budget.values()) < 1:
+            raise ConfigError("batch_size, tokens, images and axes must be positive")
         for k, source in enumerate(self.sources):
             if self.packing != "cut" and (source.images, source.cut, source.merge) != (None, "image", 0.0):
                 raise ConfigError(f"sources.{k}: images, cut and merge need data.packing=cut")
             if source.images is not None and source.images > self.images:
                 raise ConfigError(f"sources.{k}.images {source.images} exceeds data.images {self.images}")
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What a row holds, by axis."""
+        return {"tokens": self.tokens, "images": self.images, **self.axes}
 
 
 @dataclass(frozen=True)
@@ -313,6 +320,8 @@ class ReplySettings:
         min_tokens: tokens before a turn may end or an image begin, in each run of text.
         repetition_penalty: above 1, makes what was written in this reply less likely to come again.
         image_steps, guidance: solver steps, and guidance scale (1 is none); None is the model's schedule's.
+        image_guidance: scale of guidance by images, where the family has it; None is the model's.
+        image_size: (height, width) of what is drawn, where the family can choose; None is the last picture's.
     """
 
     mode: typing.Literal["auto", "text", "image"] = "auto"
@@ -326,6 +335,8 @@ class ReplySettings:
     repetition_penalty: float = 1.0
     image_steps: int | None = None
     guidance: float | None = None
+    image_guidance: float | None = None
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:

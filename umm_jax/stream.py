@@ -1,24 +1,23 @@
-"""The Stream: one conversation laid out for one family, as named arrays along two axes.
+"""The Stream: one conversation laid out for one family, as named arrays along a few axes.
 
 A family's serializer turns a Conversation into a Stream (numpy only); packing joins several Streams into
 one row of fixed size; rows are stacked into a Batch. Nothing between the serializer and the model needs
 to know what the features mean: each :class:`Feature` says how to pad it, and whether its values are
-indices into one of the two axes, which must move when Streams are laid end to end.
+indices into one of the axes, which must move when Streams are laid end to end.
 
     Stream   {"tokens": {name: [t, ...]}, "images": {name: [i, ...]}}
-    Row      the same with t -> T and i -> I, plus "segment_ids" and "positions" on both axes
+    Row      the same with t -> T and i -> I, plus "segment_ids" and "positions" on every axis
     Batch    rows stacked: [B, T, ...] and [B, I, ...]
 
+Every family has the axes tokens and images; it may have more, each with a budget of its own in a row.
 ``segment_ids`` is 0 on padding and 1, 2, ... for the first, second, ... conversation of a row, the same
-number on both axes; ``positions`` counts from 0 inside each conversation.
+number on all axes; ``positions`` counts from 0 inside each conversation.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-
-AXES = ("tokens", "images")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Feature:
         shape: shape after the token or image axis.
         dtype: numpy dtype name.
         pad: value on padding.
-        refers: "tokens" or "images" when values are indices into that axis of the same Stream; negative
-            values mean "none" and are never shifted.
+        refers: name of an axis when values are indices into that axis of the same Stream; negative values
+            mean "none" and are never shifted.
         loss: values are the weights of a loss on that token; 0 learns nothing.
     """
 
@@ -40,40 +39,47 @@ class Feature:
     refers: str | None = None
     loss: bool = False
 
-    def __post_init__(self):
-        if self.refers is not None and self.refers not in AXES:
-            raise ValueError(f"refers must be one of {AXES} or None, got {self.refers!r}")
-
 
 @dataclass(frozen=True)
 class StreamSpec:
     """The features of a family's Streams, by axis.
 
     Attributes:
+        more: further axes, {axis: {feature: ...}}.
         delimiters: (token feature, value that opens a Stream, value that closes a document): tokens that only
             say where one document ends and the next begins, and go where several become one.
     """
 
     tokens: Mapping[str, Feature] = field(default_factory=dict)
     images: Mapping[str, Feature] = field(default_factory=dict)
+    more: Mapping[str, Mapping[str, Feature]] = field(default_factory=dict)
     delimiters: tuple[str, int, int] | None = None
 
-    def axis(self, name: str) -> Mapping[str, Feature]:
-        return getattr(self, name)
+    def __post_init__(self):
+        for axis, features in self.axes.items():
+            for name, feature in features.items():
+                if feature.refers is not None and feature.refers not in self.axes:
+                    raise ValueError(f"{axis}/{name} refers to {feature.refers!r}, no axis of {[*self.axes]}")
+
+    @property
+    def axes(self) -> dict[str, Mapping[str, Feature]]:
+        """{axis: {feature: ...}} of all axes, tokens and images first."""
+        return {"tokens": self.tokens, "images": self.images, **self.more}
 
 
 Stream = dict[str, dict[str, np.ndarray]]
 
 
 def stream_length(stream: Stream) -> dict[str, int]:
-    """{"tokens": t, "images": i} of a Stream."""
-    return {axis: len(next(iter(stream[axis].values()))) for axis in AXES}
+    """{"tokens": t, "images": i, ...} of a Stream."""
+    return {axis: len(next(iter(features.values()))) for axis, features in stream.items()}
 
 
 def check_stream(stream: Stream, spec: StreamSpec) -> None:
     """Raises ValueError when names, lengths, shapes or dtypes differ from `spec`."""
-    for axis in AXES:
-        features = spec.axis(axis)
+    if set(stream) != set(spec.axes):
+        raise ValueError(f"axes {sorted(stream)}, spec says {sorted(spec.axes)}")
+    for axis, features in spec.axes.items():
         if set(stream[axis]) != set(features):
             raise ValueError(f"{axis}: features {sorted(stream[axis])}, spec says {sorted(features)}")
         lengths = {len(a) for a in stream[axis].values()}

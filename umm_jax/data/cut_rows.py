@@ -120,7 +120,7 @@ class _Source:
         if self._source.text_loss == "after_image":
             # Only now: an image may lie in the row before, or in the document merged in front of this one.
             streams = [after_image(stream, self._spec) for stream in streams]
-        return pack_row(streams, self._spec, self._data.tokens, self._data.images)
+        return pack_row(streams, self._spec, self._data.budget)
 
     def _fill(self, counts: dict[str, int]) -> None:
         dropped_in_a_row = 0

@@ -24,7 +24,7 @@ import numpy as np
 
 from umm_jax.conversation import Conversation
 from umm_jax.errors import DataError
-from umm_jax.stream import AXES, Stream, StreamSpec, stream_length
+from umm_jax.stream import Stream, StreamSpec, stream_length
 
 MERGED = (2, 8)  # documents that become one, at least and at most (docs/mm_interleaved.md section 8)
 
@@ -198,7 +198,7 @@ def select(stream: Stream, spec: StreamSpec, columns: np.ndarray) -> Stream:
         ValueError: an image lies partly among them.
     """
     length = stream_length(stream)
-    moved = {axis: np.full(length[axis] + 1, -1) for axis in AXES}  # and one more, which -1 finds
+    moved = {axis: np.full(length[axis] + 1, -1) for axis in spec.axes}  # and one more, which -1 finds
     moved["tokens"][columns] = np.arange(len(columns))
     kept = []
     for image, (first, stop) in enumerate(spans_of(stream, spec)):
@@ -210,9 +210,9 @@ def select(stream: Stream, spec: StreamSpec, columns: np.ndarray) -> Stream:
     moved["images"][kept] = np.arange(len(kept))
     taken = {"tokens": columns, "images": np.array(kept, np.int64)}
     result: Stream = {}
-    for axis in AXES:
+    for axis, features in spec.axes.items():
         result[axis] = {}
-        for name, feature in spec.axis(axis).items():
+        for name, feature in features.items():
             values = stream[axis][name][taken[axis]]
             if feature.refers is not None:
                 values = np.where(values < 0, values, moved[feature.refers][values]).astype(values.dtype)
@@ -224,9 +224,9 @@ def join(streams: Sequence[Stream], spec: StreamSpec) -> Stream:
     """Streams end to end as one."""
     lengths = [stream_length(stream) for stream in streams]
     result: Stream = {}
-    for axis in AXES:
+    for axis, features in spec.axes.items():
         result[axis] = {}
-        for name, feature in spec.axis(axis).items():
+        for name, feature in features.items():
             arrays, offset = [], 0
             for stream, length in zip(streams, lengths):
                 values = stream[axis][name]
@@ -271,11 +271,15 @@ def shorten(stream: Stream, spec: StreamSpec, tokens: int) -> Stream | None:
 
 
 def fit_document(
-    conversation: Conversation, serializer: Callable[[Conversation], Stream], rule: Rule, oversize: str
+    conversation: Conversation,
+    serializer: Callable[[Conversation], Stream],
+    spec: StreamSpec,
+    rule: Rule,
+    oversize: str,
 ) -> tuple[Stream | None, bool]:
     """As :func:`packing.fit`, where rows are cut: only documents that must stay whole can be too long."""
     stream = serializer(conversation)
-    longest = max((stop - first for first, stop in spans_of(stream, serializer.spec)), default=0)
+    longest = max((stop - first for first, stop in spans_of(stream, spec)), default=0)
     if longest > rule.tokens:
         raise DataError(
             f"record {conversation.id}: an image takes {longest} tokens, a row holds {rule.tokens}; "
@@ -289,5 +293,5 @@ def fit_document(
             f"record {conversation.id} needs {length} tokens, a row holds {rule.tokens}; raise data.tokens, "
             "set the source's cut to image, or data.oversize to drop or truncate"
         )
-    short = shorten(stream, serializer.spec, rule.tokens) if oversize == "truncate" else None
+    short = shorten(stream, spec, rule.tokens) if oversize == "truncate" else None
     return short, short is not None

@@ -1,4 +1,4 @@
-"""Packing: several Streams laid end to end in one row of fixed size, under two budgets at once.
+"""Packing: several Streams laid end to end in one row of fixed size, under a budget for each axis.
 
 A row of T = 12 tokens and I = 3 images that holds conversations of 5 tokens, 1 image and 4 tokens, 2 images:
 
@@ -11,7 +11,8 @@ values that are indices into an axis (``Feature.refers``) move with the conversa
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from umm_jax.conversation import Conversation, Image
 from umm_jax.errors import DataError
-from umm_jax.stream import AXES, Stream, StreamSpec, stream_length
+from umm_jax.stream import Stream, StreamSpec, stream_length
 
 Row = dict[str, dict[str, np.ndarray]]
 Batch = dict[str, dict[str, np.ndarray]]
@@ -29,23 +30,24 @@ ADDED = ("segment_ids", "positions")
 # --- rows and batches -----------------------------------------------------------------------------
 
 
-def pack_row(streams: Sequence[Stream], spec: StreamSpec, tokens: int, images: int) -> Row:
-    """Lays `streams` end to end and pads to `tokens` and `images`.
+def pack_row(streams: Sequence[Stream], spec: StreamSpec, budget: Mapping[str, int]) -> Row:
+    """Lays `streams` end to end and pads each axis to its `budget`.
 
     Raises:
         ValueError: they do not fit, or the spec itself names a feature in :data:`ADDED`.
     """
     lengths = [stream_length(stream) for stream in streams]
-    starts = {axis: np.cumsum([0] + [length[axis] for length in lengths]) for axis in AXES}
+    starts = {axis: np.cumsum([0] + [length[axis] for length in lengths]) for axis in spec.axes}
     row: Row = {}
-    for axis, budget in zip(AXES, (tokens, images)):
-        if starts[axis][-1] > budget:
-            raise ValueError(f"{starts[axis][-1]} {axis} in a row of {budget}")
-        arrays = {name: np.zeros(budget, np.int32) for name in ADDED}
-        for name, feature in spec.axis(axis).items():
+    for axis, features in spec.axes.items():
+        room = budget[axis]
+        if starts[axis][-1] > room:
+            raise ValueError(f"{starts[axis][-1]} {axis} in a row of {room}")
+        arrays = {name: np.zeros(room, np.int32) for name in ADDED}
+        for name, feature in features.items():
             if name in ADDED:
                 raise ValueError(f"{axis}/{name} is added by packing and cannot be a feature")
-            array = np.full((budget, *feature.shape), feature.pad, feature.dtype)
+            array = np.full((room, *feature.shape), feature.pad, feature.dtype)
             for k, stream in enumerate(streams):
                 values = stream[axis][name]
                 if feature.refers is not None:
@@ -64,7 +66,8 @@ def batch(rows: Sequence[Row]) -> Batch:
     """Stacks rows: [T, ...] -> [B, T, ...] and [I, ...] -> [B, I, ...]."""
     first = rows[0]
     return {
-        axis: {name: np.stack([row[axis][name] for row in rows]) for name in first[axis]} for axis in AXES
+        axis: {name: np.stack([row[axis][name] for row in rows]) for name in features}
+        for axis, features in first.items()
     }
 
 
@@ -75,21 +78,20 @@ def batch(rows: Sequence[Row]) -> Batch:
 class _Open:
     """A row being filled."""
 
-    used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
+    used: Counter[str] = field(default_factory=Counter)
     items: list[Any] = field(default_factory=list)
 
 
 class FirstFit:
-    """Puts each item into the first of at most `bins` open rows that has room on both axes.
+    """Puts each item into the first of at most `bins` open rows that has room on every axis of the `budget`.
 
     When none has, the oldest open row is closed and a new one opened. Closing the fullest would fill rows
     one per cent better at few bins, but an awkward conversation could then wait for ever; so it leaves
     after at most `bins` closings. With `bins` 0 every item is a row of its own.
     """
 
-    def __init__(self, tokens: int, images: int, bins: int):
-        self.budget = {"tokens": tokens, "images": images}
-        self.bins = bins
+    def __init__(self, budget: Mapping[str, int], bins: int):
+        self.budget, self.bins = budget, bins
         self._rows: list[_Open] = []
 
     @property
@@ -109,19 +111,20 @@ class FirstFit:
             row = _Open()
             self._rows.append(row)
         row.items.append(item)
-        for axis in AXES:
-            row.used[axis] += length[axis]
+        row.used.update(length)
         return closed
 
     def restore(self, rows: Sequence[Sequence[tuple[Any, dict[str, int]]]]) -> None:
         """Sets the open rows from the (item, length) pairs they hold."""
         self._rows = []
         for pairs in rows:
-            used = {axis: sum(length[axis] for _, length in pairs) for axis in AXES}
+            used: Counter[str] = Counter()
+            for _, length in pairs:
+                used.update(length)
             self._rows.append(_Open(used, [item for item, _ in pairs]))
 
     def _fits(self, row: _Open, length: dict[str, int]) -> bool:
-        return all(row.used[axis] + length[axis] <= self.budget[axis] for axis in AXES)
+        return all(row.used[axis] + length[axis] <= room for axis, room in self.budget.items())
 
 
 # --- conversations that are too long --------------------------------------------------------------
@@ -130,8 +133,7 @@ class FirstFit:
 def fit(
     conversation: Conversation,
     serializer: Callable[[Conversation], Stream],
-    tokens: int,
-    images: int,
+    budget: Mapping[str, int],
     oversize: str,
 ) -> tuple[Stream | None, bool]:
     """Serializes a conversation within the budget of a row.
@@ -148,13 +150,14 @@ def fit(
     """
     stream = serializer(conversation)
     length = stream_length(stream)
-    if _within(length, tokens, images):
+    if _within(length, budget):
         return stream, False
     if oversize == "refuse":
+        wide = [axis for axis, room in budget.items() if length[axis] > room]
         raise DataError(
-            f"record {conversation.id} needs {length['tokens']} tokens and {length['images']} images, a row "
-            f"holds {tokens} and {images}; raise data.tokens or data.images, or set data.oversize to "
-            "drop or truncate"
+            f"record {conversation.id} needs {' and '.join(f'{length[a]} {a}' for a in wide)}, a row holds "
+            f"{' and '.join(str(budget[a]) for a in wide)}; raise "
+            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop or truncate"
         )
     if oversize == "drop":
         return None, False
@@ -166,7 +169,7 @@ def fit(
     ]
 
     def too_long(end: int) -> bool:
-        return not _within(stream_length(serializer(beginning(conversation, end))), tokens, images)
+        return not _within(stream_length(serializer(beginning(conversation, end))), budget)
 
     fitting = bisect.bisect_left(ends, True, key=too_long)
     if not fitting:
@@ -182,8 +185,13 @@ def beginning(conversation: Conversation, turns: int) -> Conversation:
     return dataclasses.replace(conversation, turns=kept, images=images)
 
 
-def _within(length: dict[str, int], tokens: int, images: int) -> bool:
-    return length["tokens"] <= tokens and length["images"] <= images
+def budget_name(axis: str) -> str:
+    """The config key of an axis' budget."""
+    return f"data.{axis}" if axis in ("tokens", "images") else f"data.axes.{axis}"
+
+
+def _within(length: Mapping[str, int], budget: Mapping[str, int]) -> bool:
+    return all(length[axis] <= room for axis, room in budget.items())
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -195,20 +203,20 @@ class Fill:
 
     rows: int = 0
     conversations: int = 0
-    used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
-    room: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
+    used: Counter[str] = field(default_factory=Counter)
+    room: Counter[str] = field(default_factory=Counter)
 
     def add(self, seen: Batch) -> None:
         segments = seen["tokens"]["segment_ids"]
         self.rows += len(segments)
         self.conversations += int(segments.max(axis=-1).sum())
-        for axis in AXES:
-            ids = seen[axis]["segment_ids"]
+        for axis, features in seen.items():
+            ids = features["segment_ids"]
             self.used[axis] += int(np.count_nonzero(ids))
             self.room[axis] += ids.size
 
     def summary(self) -> dict[str, float]:
-        """Rows, conversations per row, and the filled fraction of both axes."""
+        """Rows, conversations per row, and the filled fraction of each axis."""
         rows = max(self.rows, 1)
-        rates = {f"{axis}_filled": self.used[axis] / max(self.room[axis], 1) for axis in AXES}
+        rates = {f"{axis}_filled": self.used[axis] / max(room, 1) for axis, room in self.room.items()}
         return {"rows": self.rows, "conversations_per_row": self.conversations / rows, **rates}

@@ -4,10 +4,10 @@
     together     mixed by weight -> decoded and serialized -> first fit into rows -> batches -> prefetched
     or           decoded and serialized -> each source cut into rows, see cut_rows -> mixed by weight -> ...
 
-Everything up to packing is random access: element n of the endless order can be read at any time. So the
-whole state is a few integers, the next n and the n of the conversations in half-filled rows (or the n and the
-token with which the next row of each source begins), and it does not depend on the number of workers or the
-depth of prefetching.
+Everything up to packing is random access: element n of the endless order can be read at any time, and what
+a serializer draws at random depends on n and the seed alone. So the whole state is a few integers, the next n
+and the n of the conversations in half-filled rows (or the n and the token with which the next row of each
+source begins), and it does not depend on the number of workers or the depth of prefetching.
 """
 
 import weakref
@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 
 from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation
 from umm_jax.data.cut_rows import CutRows, rule
 from umm_jax.data.cutting import after_image, fit_document
-from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, fit, pack_row
+from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
 from umm_jax.data.reading import COUNTS, read
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Stream, StreamSpec, check_stream, stream_length
 
-Serializer = Callable[[Conversation], Stream]  # with an attribute `spec`
+Serializer = Callable[..., Stream]  # (conversation, rng), with an attribute `spec`
 
 
 def make_loader(
@@ -49,24 +50,34 @@ def make_loader(
             source).
 
     Raises:
-        ConfigError: no source, a weight that is not positive, a batch that cannot be split.
+        ConfigError: no source, a weight that is not positive, a batch that cannot be split, budgets for other
+            axes than the serializer's.
         DataError: a folder that cannot be read. Later, from the iterator: a broken or oversize record.
     """
     if not data.sources:
         raise ConfigError("data.sources is empty; name at least one folder made by `umm data synthesize`")
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process {process_index} of {process_count}")
+    if set(data.budget) != set(serializer.spec.axes):
+        raise ConfigError(
+            f"this family's rows need a budget for {', '.join(serializer.spec.axes)}; data.axes adds "
+            f"{', '.join(data.axes) or 'nothing'} to tokens and images"
+        )
+    if data.packing == "cut" and serializer.spec.more:
+        raise ConfigError("data.packing=cut knows tokens and images only; choose first_fit for this family")
     if data.batch_size % process_count:
         raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by {process_count} processes")
     parts = []
     for k, source in enumerate(data.sources):
         if source.weight <= 0:
             raise ConfigError(f"data.sources.{k}.weight must be positive, got {source.weight}")
-        streams = _Streams(open_source(Path(source.path)), serializer, data, source)
+        records, seed = open_source(Path(source.path)), (data.shuffle_seed + 7919 * k) % 2**32
+        order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat()
+        # Drawn for each place of the endless order, so that what is drawn differs from epoch to epoch.
+        streams = order.random_map(_Streams(records, serializer, data, source), seed=seed)
         # Shares are taken before mixing: the mixture is a fixed pattern, and a share of it could by
         # chance hold one source only.
-        order = grain.MapDataset.source(streams).shuffle(seed=(data.shuffle_seed + 7919 * k) % 2**32)
-        parts.append(order.repeat()[process_index::process_count])
+        parts.append(streams[process_index::process_count])
     rows: grain.IterDataset
     if data.packing == "cut":
         rows = CutRows(parts, serializer.spec, data, (data.shuffle_seed % 2**32, process_index), skip)
@@ -137,7 +148,7 @@ def _close(live: list[grain.DatasetIterator]) -> None:
 
 
 class _Streams:
-    """Random access to (stream or None if dropped, truncated) of one source."""
+    """Record number -> (stream or None if dropped, truncated), for one source."""
 
     def __init__(self, source: RecordSource, serializer: Serializer, data: DataConfig, config: SourceConfig):
         self.source, self.serializer = source, serializer
@@ -145,20 +156,21 @@ class _Streams:
         self.after_image = config.text_loss == "after_image" and data.packing != "cut"
         if data.packing == "cut":
             self.fit = partial(
-                fit_document, serializer=serializer, rule=rule(data, config), oversize=data.oversize
+                fit_document, spec=serializer.spec, rule=rule(data, config), oversize=data.oversize
             )
         else:
-            self.fit = partial(
-                fit, serializer=serializer, tokens=data.tokens, images=data.images, oversize=data.oversize
-            )
+            self.fit = partial(fit, budget=data.budget, oversize=data.oversize)
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Stream | None, bool]:
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Stream | None, bool]:
         conversation = self.source.conversation(index)
+        seed = int(rng.integers(2**63))
+
+        def serialize(conversation: Conversation) -> Stream:
+            # The same draws for every beginning of a conversation that is too long.
+            return self.serializer(conversation, np.random.default_rng(seed))
+
         try:
-            stream, truncated = self.fit(conversation)
+            stream, truncated = self.fit(conversation, serializer=serialize)
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}") from None
         if stream is not None:
@@ -205,13 +217,13 @@ class _PackedIterator(grain.DatasetIterator):
                 self._dropped += 1
                 dropped_in_a_row += 1
                 if dropped_in_a_row == _PATIENCE:
-                    budget = f"data.tokens={self._data.tokens} or data.images={self._data.images}"
+                    budget = " or ".join(f"{budget_name(a)}={n}" for a, n in self._data.budget.items())
                     raise DataError(f"{_PATIENCE} conversations in a row exceed {budget}; raise the budget")
                 continue
             dropped_in_a_row = 0
             self._truncated += truncated
             closed = self._open.add((n, stream), stream_length(stream))
-        return pack_row([stream for _, stream in closed], self._spec, self._data.tokens, self._data.images)
+        return pack_row([stream for _, stream in closed], self._spec, self._data.budget)
 
     def get_state(self) -> dict[str, Any]:
         return {
@@ -225,7 +237,7 @@ class _PackedIterator(grain.DatasetIterator):
         self._stop_reading()
         self._next, self._dropped, self._truncated = state["next"], state["dropped"], state["truncated"]
         bins = self._data.packing_bins if self._data.packing == "first_fit" else 0
-        self._open = FirstFit(self._data.tokens, self._data.images, bins)
+        self._open = FirstFit(self._data.budget, bins)
         self._open.restore([[self._again(n) for n in row] for row in state["rows"]])
 
     def _again(self, n: int) -> tuple[tuple[int, Stream], dict[str, int]]:

@@ -20,6 +20,7 @@ from umm_jax.stream import Stream, StreamSpec
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
     from flax import nnx
 
     from umm_jax.weights.hub import StockPart
@@ -66,8 +67,11 @@ class Serializer(Protocol):
     def spec(self) -> StreamSpec:
         """The features of every Stream it makes."""
 
-    def __call__(self, conversation: Conversation) -> Stream:
-        """The whole conversation, with loss where its turns say so."""
+    def __call__(self, conversation: Conversation, rng: "np.random.Generator | None" = None) -> Stream:
+        """The whole conversation, with loss where its turns say so.
+
+        What training leaves out at random is drawn from `rng`, and nothing is without one.
+        """
 
     def prompt(self, conversation: Conversation) -> Stream:
         """The conversation and the opening of an assistant turn: what a reply continues."""

@@ -163,7 +163,7 @@ def train(
                     line = meter.read()
                     line |= clock.read(step - logged)
                     seconds = line["seconds_per_step"] * (step - logged)
-                    line |= {f"{name}_per_second": line[name] / seconds for name in ("tokens", "images")}
+                    line |= {f"{axis}_per_second": line[axis] / seconds for axis in batch}
                     if hasattr(loader, "stats"):
                         line |= {f"data/{name}": value for name, value in loader.stats().items()}
                     log.write(step, "train", line)

@@ -32,7 +32,7 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
     Metrics are device scalars in three sections, to be read some steps later:
         "scalars"  loss, grad_norm, lr
         "sums"     {name: (sum, weight)}: the parts of the loss ("loss/text") and what the model adds
-        "counts"   tokens, images: real ones, without padding
+        "counts"   tokens, images, and what other axes the batch has: real ones, without padding
     Randomness of step s comes from fold_in(seed, s), so that a resumed run draws what it would have drawn.
 
     Raises:
@@ -68,7 +68,7 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
                 "opt": opt,
                 "ema": _average(state["ema"], trainable, train.ema),
             }
-            counts = {axis: jnp.sum(batch[axis]["segment_ids"] > 0) for axis in ("tokens", "images")}
+            counts = {axis: jnp.sum(features["segment_ids"] > 0) for axis, features in batch.items()}
             return new, {"scalars": {"loss": loss, **scalars}, "sums": sums, "counts": counts}
 
     return jax.jit(

@@ -7,6 +7,7 @@ from umm_jax.errors import ConfigError
 from umm_jax.families.mm_interleaved.stream import LayoutConfig, most_images
 from umm_jax.models.autoencoder import AutoencoderConfig
 from umm_jax.models.backbone import BackboneConfig
+from umm_jax.models.image_loss import ImageLossConfig
 from umm_jax.models.resampler import ResamplerConfig
 from umm_jax.models.sampling import ScheduleConfig
 from umm_jax.models.synchronizer import SynchronizerConfig
@@ -28,15 +29,6 @@ class ContextConfig:
     positions: Literal["sincos", "learned"] = "sincos"
     project: bool = True
     std: float = 0.02
-
-
-@dataclass(frozen=True)
-class ImageLossConfig:
-    """Extra weight on blocks of `block` pixels with detail, and on those changed since the image before."""
-
-    block: int = 8
-    detail: float = 4.0
-    change: float = 6.0
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,9 @@ class Replier:
 
     def _drawing(self, settings: ReplySettings) -> tuple[int, float]:
         """Sampling steps and guidance scale."""
+        for name in ("image_guidance", "image_size"):
+            if getattr(settings, name) is not None:
+                raise ConfigError(f"reply.{name}: this family has none; leave it null")
         schedule = self.config.schedule
         steps = schedule.sample_steps if settings.image_steps is None else settings.image_steps
         guidance = schedule.guidance if settings.guidance is None else settings.guidance

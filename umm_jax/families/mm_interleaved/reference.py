@@ -37,7 +37,7 @@ RELEASED_SPELLING = {
 
 def is_reference(found: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of this kind."""
-    return isinstance(found.get("config"), Mapping) and "llm" in found["config"]
+    return isinstance(found.get("config"), Mapping) and {"llm", "clip"} <= set(found["config"])
 
 
 def reference_config(found: Mapping[str, Any], shapes: Shapes) -> ModelConfig:

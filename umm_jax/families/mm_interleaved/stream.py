@@ -18,10 +18,9 @@ trained. Everything is learned but what cannot be known, bos and a soi directly 
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image as Pillow
@@ -29,11 +28,11 @@ from PIL import Image as Pillow
 from umm_jax.config import from_dict
 from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text, Turn
 from umm_jax.errors import ConfigError, DataError
+from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
 from umm_jax.stream import Feature, Stream, StreamSpec
 
 # Rows of the tables of relative image indices where a config does not say: the release's.
 BACKBONE_IMAGES, DECODER_IMAGES = 50, 10
-SPELT_BOX = re.compile(r"<box>\s*\((\d{3}),(\d{3})\)\((\d{3}),(\d{3})\)\s*</box>")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class LayoutConfig:
     )
     turn_end: str = "<eot>"
     document_end: str = "</s>"
-    box_format: Literal["loc", "text"] = "loc"
+    box_format: BoxFormat = "loc"
     box_bins: int = 24
 
     def __post_init__(self):
@@ -84,8 +83,7 @@ def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
     layout = layout_of(model)
     pieces = [text for text in layout.prefixes.values() if _is_piece(text)]
     pieces += [layout.turn_end, layout.soi, layout.image]
-    if layout.box_format == "loc":
-        pieces += ["<box>", "</box>", *(f"<loc{i}>" for i in range(layout.box_bins + 1))]
+    pieces += box_pieces(layout.box_format, layout.box_bins)
     return list(dict.fromkeys(pieces))
 
 
@@ -115,9 +113,7 @@ class Serializer:
                 f"{layout.soi_id}; set it to {self.soi}"
             )
         self.prefix = {role: self._prefix(text) for role, text in layout.prefixes.items()}
-        self.box = self._box_pieces()
-        if layout.box_format == "loc":
-            self.locs = [tokenizer.id(f"<loc{i}>") for i in range(layout.box_bins + 1)]
+        self.boxes = Boxes(tokenizer, layout.box_format, layout.box_bins)
         side = layout.image_size
         images = {
             "pixels": Feature((side, side, 3), "uint8"),
@@ -142,18 +138,10 @@ class Serializer:
             return [self.tokenizer.id(text)]
         return self.tokenizer.encode(text)
 
-    def _box_pieces(self) -> tuple[int, int] | None:
-        try:
-            return self.tokenizer.id("<box>"), self.tokenizer.id("</box>")
-        except ConfigError:
-            if self.layout.box_format == "loc":
-                raise
-            return None
-
     # --- conversation to stream -------------------------------------------------------------------
 
-    def __call__(self, conversation: Conversation) -> Stream:
-        """The whole conversation, with loss where its turns say so."""
+    def __call__(self, conversation: Conversation, rng: np.random.Generator | None = None) -> Stream:
+        """The whole conversation, with loss where its turns say so; nothing is left out at random."""
         return self._layout(conversation, reply=False)
 
     def prompt(self, conversation: Conversation) -> Stream:
@@ -234,14 +222,7 @@ class Serializer:
         if isinstance(part, Text):
             return self.tokenizer.encode(part.text)
         if isinstance(part, Box):
-            if self.layout.box_format == "text":
-                x1, y1, x2, y2 = (min(int(v * 1000), 999) for v in part.xyxy)
-                corners = f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
-                if self.box is None:
-                    return self.tokenizer.encode(f"<box>{corners}</box>")
-                return [self.box[0], *self.tokenizer.encode(corners), self.box[1]]
-            bins = [self.locs[round(v * self.layout.box_bins)] for v in part.xyxy]
-            return [self.box[0], *bins, self.box[1]]
+            return self.boxes.encode(part)
         kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
         raise DataError(
             f"record {conversation.id}, turn {turn}: the mm_interleaved family cannot express {kind}; "
@@ -273,57 +254,7 @@ class Serializer:
         Args:
             last_image: reference of the newest image, which boxes are about.
         """
-        parts, run, i, ids = [], [], 0, [int(t) for t in ids]
-        if self.layout.box_format == "text":
-            return self._spelt_parts(self._decode(ids), last_image)
-
-        def flush():
-            text = self.tokenizer.decode(run).strip()
-            if text:
-                parts.append(Text(text))
-            run.clear()
-
-        while i < len(ids):
-            box = self._box(ids[i : i + 6]) if last_image is not None else None
-            if box is None:
-                run.append(ids[i])
-                i += 1
-            else:
-                flush()
-                parts.append(Box(last_image, box))
-                i += 6
-        flush()
-        return parts
-
-    def _decode(self, ids: list[int]) -> str:
-        """Text of `ids` with the box tags in letters, which as control pieces would decode to nothing."""
-        if self.box is None:
-            return self.tokenizer.decode(ids)
-        tags, text, start = dict(zip(self.box, ("<box>", "</box>"))), "", 0
-        for i, piece in enumerate(ids):
-            if piece in tags:
-                text += self.tokenizer.decode(ids[start:i]) + tags[piece]
-                start = i + 1
-        return text + self.tokenizer.decode(ids[start:])
-
-    def _spelt_parts(self, text: str, last_image: str | None) -> list[Part]:
-        parts, start = [], 0
-        for found in SPELT_BOX.finditer(text) if last_image is not None else ():
-            # The middle of what a number stands for: written again, it gives the same number.
-            x1, y1, x2, y2 = ((int(v) + 0.5) / 1000 for v in found.groups())
-            if x1 < x2 and y1 < y2:
-                parts += [Text(text[start : found.start()].strip()), Box(last_image, (x1, y1, x2, y2))]
-                start = found.end()
-        parts.append(Text(text[start:].strip()))
-        return [part for part in parts if part != Text("")]
-
-    def _box(self, ids: list[int]) -> tuple[float, float, float, float] | None:
-        if len(ids) < 6 or (ids[0], ids[5]) != self.box:
-            return None
-        if any(t not in self.locs for t in ids[1:5]):
-            return None
-        x1, y1, x2, y2 = (self.locs.index(t) / self.layout.box_bins for t in ids[1:5])
-        return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+        return self.boxes.parts(ids, last_image)
 
 
 def most_images(backbone: int | None, decoder: int | None) -> int | None:
