@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from umm_jax import cli
 from umm_jax.convert import verify
+from umm_jax.convert.fixtures import chatumm as bagel
 from umm_jax.convert.fixtures import mm_interleaved as fixtures
 from umm_jax.families.mm_interleaved import weights
 from umm_jax.families.mm_interleaved.model import build
@@ -84,12 +85,23 @@ def test_what_does_not_fit_is_named_before_anything_is_compared(folder, capsys):
     assert "c_perceiver.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", bagel.CHECKS)
+def test_every_tensor_of_bagel(name):
+    folder = parity.FOLDER.parent / "bagel"
+    if not (folder / "fixture.json").exists():
+        pytest.skip(f"reference tensors not found at {folder}; set UMM_PARITY_DIR to run this comparison")
+    rows = list(verify.checks(folder, [name]))
+    assert rows
+    missed = [verify.line(row) for row in rows if not row.passed]
+    assert not missed, "\n".join(missed)
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path, capsys):
     assert cli.main(["convert", "verify", str(tmp_path)]) == 4
-    assert "no config.json" in capsys.readouterr().err
+    assert "no config.json or fixture.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert cli.main(["convert", "verify", str(tmp_path)]) == 4
-    assert "no layout known here (mm_interleaved)" in capsys.readouterr().err
+    assert "no layout known here (chatumm, mm_interleaved)" in capsys.readouterr().err
 
 
 def test_rows_measure_error_against_the_tensor_and_never_pass_a_nan():

@@ -17,6 +17,7 @@ import numpy as np
 from umm_jax.errors import CheckpointError
 
 FORWARD, BACKWARD, SAMPLING = 1e-4, 1e-3, 1e-3
+DESCRIPTIONS = ("config.json", "fixture.json")  # what says what a folder holds
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def checks(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
         CheckpointError: not a folder of fixtures of a known family, or one that lacks what it names.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no config.json; a folder of reference tensors has one")
+    path = next((folder / name for name in DESCRIPTIONS if (folder / name).is_file()), None)
+    if path is None:
+        known = " or ".join(DESCRIPTIONS)
+        raise CheckpointError(f"{folder}: no {known}; a folder of reference tensors has one")
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -105,7 +107,7 @@ def checks(folder: str | Path, only: Sequence[str] = ()) -> Iterator[Row]:
         if module.knows(found):
             yield from module.checks(folder, found, only)
             return
-    raise CheckpointError(f"{folder}: config.json is of no layout known here ({', '.join(_families())})")
+    raise CheckpointError(f"{path} is of no layout known here ({', '.join(_families())})")
 
 
 def _families() -> list[str]:

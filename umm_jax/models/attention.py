@@ -10,6 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from umm_jax.models import blockwise
+from umm_jax.models.masks import MaskSpec, dense
+
 # Large enough to vanish after the softmax in float32, small enough not to overflow in bfloat16.
 MASKED = -1e30
 
@@ -19,12 +22,16 @@ KEPT = 2**19
 # Scores a CPU makes at a time: what its caches hold beside the rest (2**19 to 2**21 are alike).
 BLOCK = 2**20
 
+# Entries of a mask [B, T, S] up to which a CPU makes it whole and takes all keys at once, where the mask is
+# given by what is to be known of tokens: passing over blocks pays only where there are many.
+DENSE = 2**24
+
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None = None,
+    mask: jax.Array | tuple[MaskSpec, MaskSpec] | None = None,
     *,
     scale: float | None = None,
 ) -> jax.Array:
@@ -37,8 +44,9 @@ def attend(
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; head n reads key/value head n // (N / K).
-        mask: True where a query may read a key; [B, T, S] or [B, 1, S], or None for everything. A query that
-            may read nothing returns zeros, so that padding never produces NaN.
+        mask: True where a query may read a key; [B, T, S] or [B, 1, S], or None for everything; or what is
+            to be known of the queries and of the keys, see ``masks``: then an accelerator makes no mask above
+            KEPT scores. A query that may read nothing returns zeros, so that padding never produces NaN.
         scale: 1 / sqrt(H) unless given.
 
     Returns:
@@ -51,7 +59,7 @@ def attend(
     q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if b * n * t * s <= KEPT:
-        out = _kept(q, k, v, mask, scale)
+        out = _kept(q, k, v, dense(*mask) if isinstance(mask, tuple) else mask, scale)
     else:
         out = _remade(q, k, v, mask, scale)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
@@ -172,25 +180,39 @@ def _remade(q, k, v, mask, scale):
 
 
 def _remade_forward(q, k, v, mask, scale):
-    out, total = jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        mask,
-        cpu=functools.partial(_forward_in_blocks, scale=scale),
-        default=functools.partial(_forward, scale=scale),
+    cpu, default = (
+        functools.partial(_forward_in_blocks, scale=scale),
+        functools.partial(_forward, scale=scale),
     )
+    if isinstance(mask, tuple):
+        default = lambda q, k, v, mask: blockwise.forward(q, k, v, *mask, scale)  # noqa: E731
+        if _small(mask):
+            cpu = lambda q, k, v, mask: _forward_in_blocks(q, k, v, dense(*mask), scale)  # noqa: E731
+        else:
+            cpu = lambda q, k, v, mask: blockwise.forward(q, k, v, *mask, scale, BLOCK)  # noqa: E731
+    out, total = jax.lax.platform_dependent(q, k, v, mask, cpu=cpu, default=default)
     return out, (q, k, v, mask, out, total)
 
 
+def _small(mask: tuple[MaskSpec, MaskSpec]) -> bool:
+    of_q, of_k = mask
+    return of_q.sample.size * of_k.sample.shape[1] <= DENSE
+
+
 def _remade_backward(scale, saved, grad):
-    found = jax.lax.platform_dependent(
-        *saved,
-        grad,
-        cpu=functools.partial(_backward_in_blocks, scale=scale),
-        default=functools.partial(_backward, scale=scale),
+    cpu, default = (
+        functools.partial(_backward_in_blocks, scale=scale),
+        functools.partial(_backward, scale=scale),
     )
-    return *found, None
+    mask = saved[3]
+    if isinstance(mask, tuple):
+        in_blocks = blockwise.backward
+        default = lambda q, k, v, mask, *rest: in_blocks(q, k, v, *mask, *rest, scale)  # noqa: E731
+        if _small(mask):
+            cpu = lambda q, k, v, mask, *rest: _backward_in_blocks(q, k, v, dense(*mask), *rest, scale)  # noqa: E731
+        else:
+            cpu = lambda q, k, v, mask, *rest: in_blocks(q, k, v, *mask, *rest, scale, BLOCK)  # noqa: E731
+    return *jax.lax.platform_dependent(*saved, grad, cpu=cpu, default=default), None
 
 
 _remade.defvjp(_remade_forward, _remade_backward)

@@ -6,6 +6,10 @@ Both have the same face, so that an image decoder does not know which one it dra
     pixels = autoencoder.decode(latents)
     losses, parts = autoencoder.losses(pixels, key)  # [B] each
 
+Pictures of several sizes lie on one canvas, each in the upper left corner, and `size` [B, 2] says which part
+of it they take; what is made of a picture does then not depend on the canvas or on the others. Without `size`
+the canvas is the picture.
+
 Source: Rombach et al. 2022 (arXiv 2112.10752); sizes and scale in ``docs/mm_interleaved.md`` section 5.
 """
 
@@ -18,7 +22,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.layers import Conv, GroupNorm, Modules
-from umm_jax.models.unet_blocks import Attention, ResnetBlock, Upsample
+from umm_jax.models.unet_blocks import Attention, ResnetBlock, Upsample, repeat_2x2
 
 # Every norm of the autoencoder uses this epsilon, unlike the UNet's residual blocks.
 EPS = 1e-6
@@ -122,10 +126,12 @@ class Mid(nnx.Module):
         self.attention = Attention(d, 1, bias=True, rngs=rngs)
         self.resnet_2 = ResnetBlock(d, d, groups=groups, eps=EPS, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.resnet_1(x)
-        x = x + self.attention(self.norm(x).reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
-        return self.resnet_2(x)
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        x = self.resnet_1(x, None, real)
+        tokens = self.norm(x, real).reshape(x.shape[0], -1, x.shape[-1])
+        mask = None if real is None else real.reshape(x.shape[0], -1) > 0
+        x = x + self.attention(tokens, mask=mask).reshape(x.shape)
+        return self.resnet_2(x, None, real)
 
 
 class Level(nnx.Module):
@@ -137,10 +143,12 @@ class Level(nnx.Module):
         )
         self.resample = resample
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
         for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.resample is None else self.resample(x)
+            x = resnet(x, None, real)
+        if self.resample is None:
+            return x
+        return self.resample(x if real is None else x * real)
 
 
 class Encoder(nnx.Module):
@@ -158,11 +166,13 @@ class Encoder(nnx.Module):
         self.norm_out = GroupNorm(width, c.norm_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(width, 2 * c.latent_channels, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_in(x)
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        x = self.conv_in(x if real is None else x * real)
         for level in self.down:
-            x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+            x = level(x, real)
+            if real is not None and level.resample is not None:
+                real = real[:, ::2, ::2]
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x, real), real)))
 
 
 class Decoder(nnx.Module):
@@ -180,11 +190,13 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(width, c.norm_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(width, 3, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.mid(self.conv_in(x))
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        x = self.mid(self.conv_in(x if real is None else x * real), real)
         for level in self.up:
-            x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+            x = level(x, real)
+            if real is not None and level.resample is not None:
+                real = repeat_2x2(real)
+        return self.conv_out(jax.nn.silu(self.norm_out(x, real)))
 
 
 class KLAutoencoder(nnx.Module):
@@ -198,27 +210,37 @@ class KLAutoencoder(nnx.Module):
         self.quant = Conv(2 * c, 2 * c, 1, rngs=rngs) if config.quant else None
         self.post_quant = Conv(c, c, 1, rngs=rngs) if config.quant else None
 
-    def posterior(self, pixels: jax.Array) -> Posterior:
-        """Pixels [B, h, w, 3] -> Gaussian over unscaled latents, its log variance within [-30, 20]."""
-        moments = self.encoder(pixels)
+    def posterior(self, pixels: jax.Array, size: jax.Array | None = None) -> Posterior:
+        """Pixels [B, h, w, 3] -> Gaussian over unscaled latents, its log variance within [-30, 20].
+
+        `size` [B, 2] in pixels, multiples of the factor, see the module.
+        """
+        moments = self.encoder(pixels, None if size is None else _real(pixels, size))
         if self.quant is not None:
             moments = self.quant(moments)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def encode(self, pixels: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+    def encode(
+        self, pixels: jax.Array, noise: jax.Array | None = None, size: jax.Array | None = None
+    ) -> jax.Array:
         """Pixels [B, h, w, 3] in [-1, 1] -> scaled latents [B, h', w', c].
 
-        They are the sample of the posterior that `noise` makes, or its mean when it is None.
+        They are the sample of the posterior that `noise` makes, or its mean when it is None. `size` [B, 2] in
+        pixels, multiples of the factor.
         """
-        return (self.posterior(pixels).sample(noise) - self.config.shift) * self.config.latent_scale
+        return (self.posterior(pixels, size).sample(noise) - self.config.shift) * self.config.latent_scale
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped."""
-        return self._decode(latents / self.config.latent_scale + self.config.shift)
+    def decode(self, latents: jax.Array, size: jax.Array | None = None) -> jax.Array:
+        """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped.
 
-    def _decode(self, latents: jax.Array) -> jax.Array:
-        return self.decoder(latents if self.post_quant is None else self.post_quant(latents))
+        `size` [B, 2] in pixels, multiples of the factor.
+        """
+        real = None if size is None else _real(latents, size // self.config.factor)
+        return self._decode(latents / self.config.latent_scale + self.config.shift, real)
+
+    def _decode(self, latents: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        return self.decoder(latents if self.post_quant is None else self.post_quant(latents), real)
 
     def losses(self, pixels: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean absolute error plus ``kl_weight`` times KL per pixel value, of each image.
@@ -244,11 +266,13 @@ class IdentityAutoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig):
         self.config = config
 
-    def encode(self, pixels: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+    def encode(
+        self, pixels: jax.Array, noise: jax.Array | None = None, size: jax.Array | None = None
+    ) -> jax.Array:
         """Pixels [B, h, w, 3] in [-1, 1] -> latents of the same shape; there is nothing to draw."""
         return (pixels - self.config.shift) * self.config.latent_scale
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: jax.Array, size: jax.Array | None = None) -> jax.Array:
         """Latents [B, h, w, 3] -> pixels."""
         return latents / self.config.latent_scale + self.config.shift
 
@@ -257,6 +281,12 @@ class IdentityAutoencoder(nnx.Module):
         raise ConfigError(
             "the identity autoencoder has nothing to train; choose kind='kl' or train the model"
         )
+
+
+def _real(canvas: jax.Array, size: jax.Array) -> jax.Array:
+    """1 where a picture of `size` [B, 2] is on its canvas [B, h, w, C], 0 elsewhere: [B, h, w, 1]."""
+    rows, columns = (jnp.arange(n) < size[:, i, None] for i, n in enumerate(canvas.shape[1:3]))
+    return (rows[:, :, None] & columns[:, None])[..., None].astype(canvas.dtype)
 
 
 def make_autoencoder(config: AutoencoderConfig, *, rngs: nnx.Rngs) -> KLAutoencoder | IdentityAutoencoder:

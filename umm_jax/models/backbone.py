@@ -31,6 +31,7 @@ class BackboneConfig:
         kv_heads: key/value heads, `heads` when None.
         attention_scale: multiplies 1/sqrt(H) of the scores.
         qk_norm: RMSNorm with learned gain on each head's queries and keys, before the rotation.
+        qkv_bias: whether the projections to queries, keys and values have a bias (Qwen2).
         gated_mlp: SwiGLU-type MLP (activation(gate) * up); otherwise activation(up).
         synchronizer: None for a plain transformer.
         remat: rematerialisation policy of a group of layers, see ``layers.checkpoint_policy``.
@@ -47,6 +48,7 @@ class BackboneConfig:
     rope_base: float = 10000.0
     attention_scale: float = 1.0
     qk_norm: bool = False
+    qkv_bias: bool = False
     gated_mlp: bool = True
     activation: str = "silu"
     embed_std: float = 0.02
@@ -80,6 +82,21 @@ class Cache(NamedTuple):
     k: jax.Array
     v: jax.Array
 
+    def written(self, k: jax.Array, v: jax.Array, columns: jax.Array) -> "Cache":
+        """One layer's cache [B, S, K, H] with k, v [B, T, K, H] at `columns` [B, T]; none where outside."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        return Cache(
+            self.k.at[rows, columns].set(k.astype(self.k.dtype), mode="drop"),
+            self.v.at[rows, columns].set(v.astype(self.v.dtype), mode="drop"),
+        )
+
+
+def empty_cache(config: BackboneConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """Zeros for all layers and `batch` rows of at most `length` tokens."""
+    kv = config.kv_heads or config.heads
+    shape = (config.layers, batch, length, kv, config.width // config.heads)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
 
 def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotary embedding in the half-rotation layout: [B, T, N, H], positions [B, T]; angles in float32."""
@@ -99,9 +116,10 @@ class SelfAttention(nnx.Module):
         h = d // config.heads
         # Output projections shrink with depth, so that the residual stream keeps its scale at the start.
         init, out = L.normal(d**-0.5), L.normal(d**-0.5 / (2 * config.layers) ** 0.5)
-        self.q = L.Linear(d, d, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
-        self.k = L.Linear(d, kv * h, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
-        self.v = L.Linear(d, kv * h, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        into = {"axes": ("embed", "heads"), "bias": config.qkv_bias, "init": init, "rngs": rngs}
+        self.q = L.Linear(d, d, **into)
+        self.k = L.Linear(d, kv * h, **into)
+        self.v = L.Linear(d, kv * h, **into)
         self.o = L.Linear(d, d, axes=("heads", "embed"), bias=False, init=out, rngs=rngs)
         self.q_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
         self.k_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
@@ -113,19 +131,21 @@ class SelfAttention(nnx.Module):
 
         With a cache (this layer's [B, S, K, H] pair), new keys go to columns `write` [B, T] first.
         """
+        q, k, v = self.project(x, positions)
+        if cache is not None:
+            cache = cache.written(k, v, write)
+            k, v = cache
+        out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=self.scale)
+        return self.o(merge_heads(out)), cache
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated as they are read."""
         q, k, v = split_heads(self.q(x), self.heads), self.k(x), self.v(x)
         k, v = split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, positions, self.base), rope(k, positions, self.base)
-        q = constrain(q, "batch", None, "heads", None)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = cache.k.at[rows, write].set(k.astype(cache.k.dtype), mode="drop")
-            v = cache.v.at[rows, write].set(v.astype(cache.v.dtype), mode="drop")
-            cache = Cache(k, v)
-        out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=self.scale)
-        return self.o(merge_heads(out)), cache
+        return constrain(q, "batch", None, "heads", None), k, v
 
 
 class MLP(nnx.Module):
@@ -263,10 +283,7 @@ class Backbone(nnx.Module):
 
     def empty_cache(self, batch: int, length: int, dtype=jnp.float32) -> Cache:
         """Zeros for `batch` rows of at most `length` tokens."""
-        config = self.config
-        kv = config.kv_heads or config.heads
-        shape = (config.layers, batch, length, kv, config.width // config.heads)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return empty_cache(self.config, batch, length, dtype)
 
 
 class Head(nnx.Module):
@@ -274,10 +291,18 @@ class Head(nnx.Module):
 
     MM-Interleaved keeps the language model's head frozen (its rows for the `new` added tokens are silent:
     weight 0, bias -100) and adds a small head on top of them (weight 0, bias +95): docs section 4.
-    ``new=0`` is an ordinary head.
+    ``new=0`` is an ordinary head, with or without a `bias`.
     """
 
-    def __init__(self, config: BackboneConfig, *, new: int = 0, std: float = 0.02, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        new: int = 0,
+        std: float = 0.02,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         d, v = config.width, config.vocab
 
         def weights(key, shape, dtype=jnp.float32):
@@ -288,7 +313,9 @@ class Head(nnx.Module):
             bias = jnp.zeros(shape, dtype)
             return bias.at[v - new :].set(-100.0) if new else bias
 
-        self.base = L.Linear(d, v, axes=("embed", "vocab"), init=weights, bias_init=biases, rngs=rngs)
+        self.base = L.Linear(
+            d, v, axes=("embed", "vocab"), bias=bias, init=weights, bias_init=biases, rngs=rngs
+        )
         added = None
         if new:
             added = L.Linear(

@@ -69,11 +69,20 @@ class Flow:
         target = x0 if self.prediction == "x0" else noise - x0
         return Noised((1 - at) * x0 + at * noise, t, target)
 
-    def timesteps(self, steps: int) -> np.ndarray:
-        """Times of the sampling grid from 1 to 0, both included: float32 [steps + 1]."""
+    def timesteps(self, steps: int, shift: float | None = None) -> np.ndarray:
+        """Times of the sampling grid from 1 to 0, both included: float32 [steps + 1].
+
+        `shift` takes the place of ``sample_shift``.
+        """
         if steps < 1:
             raise ConfigError(f"sampling steps must be at least 1, got {steps}")
-        return shifted(np.linspace(1.0, 0.0, steps + 1), self.sample_shift).astype(np.float32)
+        shift = self.sample_shift if shift is None else shift
+        return shifted(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
+
+    def advance(self, x: jax.Array, prediction: jax.Array, t, after) -> jax.Array:
+        """One Euler step of x from time `t` to `after`, scalars, by what the model predicts there."""
+        velocity = prediction if self.prediction == "velocity" else (x - prediction) / t
+        return x + (after - t) * velocity
 
     def sample(
         self,
@@ -101,8 +110,7 @@ class Flow:
         def step(x, times):
             t, after = times
             prediction = predict(x, jnp.full(shape[:1], t)).astype(jnp.float32)
-            velocity = prediction if self.prediction == "velocity" else (x - prediction) / t
-            return x + (after - t) * velocity, None
+            return self.advance(x, prediction, t, after), None
 
         grid = jnp.asarray(self.timesteps(steps))
         return jax.lax.scan(step, x, (grid[:-1], grid[1:]))[0]

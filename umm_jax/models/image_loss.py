@@ -5,8 +5,19 @@ rewards everything but the content. Weights per block of pixels restore the bala
 Source: ours. The worlds in ``configs/`` use 1 + 4 on detail + 6 on change, a block for each cell.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class ImageLossConfig:
+    """Extra weight on blocks of `block` pixels with detail, and on those changed since the image before."""
+
+    block: int = 8
+    detail: float = 4.0
+    change: float = 6.0
 
 
 def _spread(blocks: jax.Array, block: int) -> jax.Array:

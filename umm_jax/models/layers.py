@@ -243,23 +243,34 @@ class GroupNorm(nnx.Module):
         self.bias = param(rngs, (width,), ("conv_out",), zeros)
         self.groups, self.eps = groups, eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        """With `real` [..., h, w, 1], 1 on the pixels of a picture and 0 around it: statistics of the picture
+        alone, and zeros around it."""
+
         # Means over space for each channel first, and only they are put in groups: the map keeps its channels
         # as the inner axis, not the two or four of a group, which is several times faster on a CPU.
         @lean
-        def norm(x, scale, bias):
+        def norm(x, scale, bias, real):
             y = x.astype(jnp.float32)
-            y = y - self._of_group(jnp.mean(y, axis=(-3, -2)))
-            gain = jax.lax.rsqrt(self._of_group(jnp.mean(y * y, axis=(-3, -2))) + self.eps)
-            return (y * (gain * scale) + bias).astype(x.dtype)
+            y = y - self._of_group(_mean(y, real))
+            gain = jax.lax.rsqrt(self._of_group(_mean(y * y, real)) + self.eps)
+            y = y * (gain * scale) + bias
+            return (y if real is None else y * real).astype(x.dtype)
 
-        return norm(x, self.scale[...], self.bias[...])
+        return norm(x, self.scale[...], self.bias[...], real)
 
     def _of_group(self, means: jax.Array) -> jax.Array:
         """Means of channels [..., C] -> for each channel that of its group, [..., 1, 1, C]."""
         groups = means.reshape(*means.shape[:-1], self.groups, -1)
         groups = jnp.broadcast_to(jnp.mean(groups, axis=-1, keepdims=True), groups.shape)
         return groups.reshape(*means.shape[:-1], 1, 1, -1)
+
+
+def _mean(y: jax.Array, real: jax.Array | None) -> jax.Array:
+    """Of maps [..., h, w, C] over space, where `real` [..., h, w, 1] is 1 if it is given: [..., C]."""
+    if real is None:
+        return jnp.mean(y, axis=(-3, -2))
+    return jnp.sum(y * real, axis=(-3, -2)) / jnp.maximum(jnp.sum(real, axis=(-3, -2)), 1)
 
 
 class Modules(nnx.Module):

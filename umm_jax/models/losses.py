@@ -1,4 +1,4 @@
-"""Token cross-entropy as a (sum, weight) pair, over chunks of the vocabulary projection."""
+"""Token cross-entropy, over chunks of the vocabulary projection."""
 
 from collections.abc import Callable
 
@@ -33,31 +33,43 @@ def cross_entropy(
     """Sum of weighted -log p(target), and of weighted hits of the most probable token.
 
     Args:
+        weights: [B, T]; the rest as in :func:`token_losses`.
+    """
+    nll, hits = token_losses(hidden, head, targets, chunk=chunk)
+    return jnp.sum(nll * weights), jnp.sum(hits * weights)
+
+
+def token_losses(
+    hidden: jax.Array,
+    head: Callable[[jax.Array], jax.Array],
+    targets: jax.Array,
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target), and 1 where the target is the most probable token, float32 [B, T] each.
+
+    Args:
         hidden: [B, T, D]; head: maps [B, t, D] to float32 logits [B, t, V].
-        targets, weights: [B, T].
+        targets: [B, T].
         chunk: positions projected at a time; logits of other chunks are recomputed in the backward pass,
             so that memory is B * chunk * V. None projects all at once; must divide T.
     """
 
-    def part(hidden, targets, weights):
+    def part(hidden, targets):
         logits = head(hidden)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - picked
         hits = jnp.argmax(logits, axis=-1) == targets
-        return jnp.sum(nll * weights), jnp.sum(hits * weights)
+        return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)
 
-    t = hidden.shape[1]
+    b, t = targets.shape
     if chunk is None or chunk >= t:
-        return part(hidden, targets, weights)
+        return part(hidden, targets)
     if t % chunk:
         raise ValueError(f"chunk {chunk} does not divide {t} tokens")
 
     def split(a):
-        return jnp.moveaxis(a.reshape(a.shape[0], t // chunk, chunk, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(a.reshape(b, t // chunk, chunk, *a.shape[2:]), 1, 0)
 
-    def step(total, inputs):
-        nll, hits = part(*inputs)
-        return (total[0] + nll, total[1] + hits), None
-
-    inputs = (split(hidden), split(targets), split(weights))
-    return jax.lax.scan(jax.checkpoint(step), (jnp.float32(0), jnp.float32(0)), inputs)[0]
+    step = jax.checkpoint(lambda _, inputs: (None, part(*inputs)))
+    _, found = jax.lax.scan(step, None, (split(hidden), split(targets)))
+    return tuple(jnp.moveaxis(a, 0, 1).reshape(b, t) for a in found)

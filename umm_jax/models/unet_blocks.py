@@ -95,16 +95,24 @@ class ResnetBlock(nnx.Module):
         self.shortcut = Conv(d_in, d_out, 1, rngs=rngs) if d_in != d_out else None
         self.conditioning, self.act = conditioning, act
 
-    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        """x [B, h, w, d_in], time [B, d_time] -> [B, h, w, d_out]."""
+    def __call__(
+        self, x: jax.Array, time: jax.Array | None = None, real: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, h, w, d_in], time [B, d_time] -> [B, h, w, d_out].
+
+        `real` [B, h, w, 1] says where a picture is on its canvas, see :class:`GroupNorm`: what a block
+        without time makes of the picture is then what it makes of it alone. Around it, the result means
+        nothing.
+        """
         act = activation(self.act)
-        y = lean(lambda x: self.conv_1(act(self.norm_1(x))))(x)
+        around = () if real is None else (real,)
+        y = lean(lambda x: self.conv_1(act(self.norm_1(x, *around))))(x)
         mixed = None if self.time is None else self.time(jax.nn.silu(time)).astype(x.dtype)[:, None, None]
 
         @lean
         def second(y, mixed):
             if mixed is None:
-                y = self.norm_2(y)
+                y = self.norm_2(y, *around)
             elif self.conditioning == "add":
                 y = self.norm_2(y + mixed)
             else:
@@ -241,4 +249,9 @@ class Upsample(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "depth_to_space":
             return depth_to_space(self.conv(x), 2)
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        return self.conv(repeat_2x2(x))
+
+
+def repeat_2x2(x: jax.Array) -> jax.Array:
+    """Every pixel four times: [B, h, w, d] -> [B, 2h, 2w, d]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -6,7 +6,7 @@ learned positions, a norm before the layers and none after them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +60,11 @@ class ClipConfig:
         return self.image_size // self.patch
 
 
-class ClipLayer(nnx.Module):
-    """x += Attention(LN(x)); x += W quick_gelu(W LN(x))."""
+class VisionLayer(nnx.Module):
+    """x += Attention(LN(x)); x += W act(W LN(x)); `config` has width, heads, mlp and eps."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        c, self.heads = config, config.heads
+    def __init__(self, config: Any, act: str, *, rngs: nnx.Rngs):
+        c, self.heads, self.act = config, config.heads, act
         into = {"axes": ("embed", "heads"), "rngs": rngs}
         self.attention_norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.query = Linear(c.width, c.width, **into)
@@ -75,11 +75,12 @@ class ClipLayer(nnx.Module):
         self.up = Linear(c.width, c.mlp, axes=("embed", "mlp"), rngs=rngs)
         self.down = Linear(c.mlp, c.width, axes=("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+        """[B, P, D] -> [B, P, D]; `mask` as :func:`attend` takes it."""
         y = self.attention_norm(x)
         q, k, v = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
-        x = x + self.out(merge_heads(attend(q, k, v)))
-        return x + lean(lambda h: self.down(activation("quick_gelu")(h)))(self.up(self.mlp_norm(x)))
+        x = x + self.out(merge_heads(attend(q, k, v, mask)))
+        return x + lean(lambda h: self.down(activation(self.act)(h)))(self.up(self.mlp_norm(x)))
 
 
 class Clip(nnx.Module):
@@ -94,7 +95,7 @@ class Clip(nnx.Module):
         self.class_token = param(rngs, (c.width,), ("embed",), normal(c.width**-0.5))
         self.position = param(rngs, (1 + c.grid**2, c.width), (None, "embed"), normal(0.02))
         self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
-        self.layers = stack(lambda r: ClipLayer(c, rngs=r), c.layers, rngs)
+        self.layers = stack(lambda r: VisionLayer(c, "quick_gelu", rngs=r), c.layers, rngs)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, h, w, 3] -> [B, 1 + P, D], class token first."""

@@ -65,8 +65,13 @@ def clip_vision(theirs: str, ours: str, config: Any) -> Rules:
     yield from weight(f"{theirs}embeddings.patch_embedding", f"{ours}patch", "conv", bias=False)
     yield Rule(f"{theirs}embeddings.position_embedding.weight", f"{ours}position")
     yield from norm(f"{theirs}pre_layrnorm", f"{ours}norm")
-    for i in range(config.layers):
-        layer, to, at = f"{theirs}encoder.layers.{i}", f"{ours}layers", f"[{i}]"
+    yield from vision_layers(f"{theirs}encoder.", ours, config.layers)
+
+
+def vision_layers(theirs: str, ours: str, count: int) -> Rules:
+    """The layers of a CLIP or SigLIP vision transformer; ours are ``models.vision.VisionLayer``."""
+    for i in range(count):
+        layer, to, at = f"{theirs}layers.{i}", f"{ours}layers", f"[{i}]"
         yield from norm(f"{layer}.layer_norm1", f"{to}/attention_norm", index=at)
         for name, own in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items():
             yield from weight(f"{layer}.self_attn.{name}", f"{to}/{own}", index=at)

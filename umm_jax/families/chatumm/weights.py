@@ -1,0 +1,176 @@
+"""BAGEL's checkpoints, tensor by tensor, and the stock parts one is begun from (docs/chatumm.md section 8).
+
+The release keeps the autoencoder in a file of its own; here its tensors carry the prefix ``ae.``, which
+:data:`FILES` takes off and puts on.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from umm_jax.errors import ConfigError
+from umm_jax.families.chatumm.config import ModelConfig
+from umm_jax.families.chatumm.reference import is_reference, reference_config
+from umm_jax.families.chatumm.reference import release_config as release_config
+from umm_jax.models.positions import sincos_1d
+from umm_jax.weights import hub, stock
+from umm_jax.weights.table import Constant, Rule, Table, Unused
+
+ARCHITECTURE = "BagelForConditionalGeneration"
+PARTS = ("llm", "vit")
+AUTOENCODER = "ae."
+# Files of a checkpoint, and the prefix of the names of what is in them.
+FILES = {"ema.safetensors": "", "ae.safetensors": AUTOENCODER}
+
+
+def table(config: ModelConfig) -> Table:
+    """Rows between BAGEL's state dicts and our parameters.
+
+    Raises:
+        ConfigError: a model that is not laid out like the release: there is no released name for its parts.
+    """
+    _require_release_layout(config)
+    return Table(
+        rules=tuple(_rules(config)),
+        constants=tuple(_constants(config)),
+        # The file has all 27 layers of the encoder where it was not cut; the model runs one less.
+        unused=(Unused(rf"{VISION}encoder\.layers\.{config.vision.layers}\..*", "never run"),),
+    )
+
+
+def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """The config of a checkpoint whose config files hold `found` and whose tensors have `shapes`."""
+    return reference_config(found, shapes) if is_reference(found) else None
+
+
+def stock_part(
+    name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
+) -> hub.StockPart:
+    """One of PARTS of a model. Raises ConfigError where it is not laid out like the stock one."""
+    raise ConfigError(f"{name!r} is no part of a chatumm model that a stock class loads yet")
+
+
+VISION = "vit_model.vision_model."
+
+
+def _require_release_layout(c: ModelConfig) -> None:
+    m = c.mixture
+    odd = {
+        "mixture.qk_norm": (m.qk_norm, True),
+        "mixture.qkv_bias": (m.qkv_bias, True),
+        "mixture.gated_mlp": (m.gated_mlp, True),
+        "mixture.activation": (m.activation, "silu"),
+        "mixture.attention_scale": (m.attention_scale, 1.0),
+        "connector": (c.connector, None),
+        "positions": (c.positions, 1.0),
+        "autoencoder.kind": (c.autoencoder.kind, "kl"),
+        "autoencoder.quant": (c.autoencoder.quant, False),
+        "schedule.prediction": (c.schedule.prediction, "velocity"),
+    }
+    for name, (found, needed) in odd.items():
+        if found != needed:
+            raise ConfigError(
+                f"config.model.{name} is {found!r}: only models laid out like the release ({needed!r}) have "
+                "names in its checkpoints"
+            )
+
+
+def _rules(c: ModelConfig) -> Iterator[Rule]:
+    yield Rule("language_model.model.embed_tokens.weight", "embed/table")
+    yield Rule("language_model.lm_head.weight", "head/base/kernel", "linear")
+    yield from _mixture(c)
+    yield from stock.weight("time_embedder.mlp.0", "time/linear_1")
+    yield from stock.weight("time_embedder.mlp.2", "time/linear_2")
+    yield from stock.weight("vae2llm", "latent_in")
+    yield from stock.weight("llm2vae", "latent_out")
+    yield from stock.weight("connector.fc1", "connector/up")
+    yield from stock.weight("connector.fc2", "connector/down")
+    yield from stock.weight(f"{VISION}embeddings.patch_embedding", "vision/patch")
+    yield Rule(f"{VISION}embeddings.position_embedding.weight", "vision/position")
+    yield from stock.vision_layers(f"{VISION}encoder.", "vision/", c.vision.layers)
+    yield from stock.norm(f"{VISION}post_layernorm", "vision/norm")
+    yield from _autoencoder(c)
+
+
+def _mixture(c: ModelConfig) -> Iterator[Rule]:
+    """Both groups' layers. The generation group's names have ``_moe_gen`` before the last field."""
+    for group, mark in (("understanding", ""), ("generation", "_moe_gen")):
+        for i in range(c.mixture.layers):
+            layer, to, at = f"language_model.model.layers.{i}", f"mixture/layers/{group}", f"[{i}]"
+            yield from stock.norm(
+                f"{layer}.input_layernorm{mark}", f"{to}/attention_norm", index=at, bias=False
+            )
+            for name in "qkvo":
+                yield from stock.weight(
+                    f"{layer}.self_attn.{name}_proj{mark}",
+                    f"{to}/attention/{name}",
+                    index=at,
+                    bias=name != "o",
+                )
+            for name in "qk":
+                yield from stock.norm(
+                    f"{layer}.self_attn.{name}_norm{mark}",
+                    f"{to}/attention/{name}_norm",
+                    index=at,
+                    bias=False,
+                )
+            yield from stock.norm(
+                f"{layer}.post_attention_layernorm{mark}", f"{to}/mlp_norm", index=at, bias=False
+            )
+            for name in ("gate", "up", "down"):
+                yield from stock.weight(
+                    f"{layer}.mlp{mark}.{name}_proj", f"{to}/mlp/{name}", index=at, bias=False
+                )
+        yield from stock.norm(f"language_model.model.norm{mark}", f"mixture/{group}_norm", bias=False)
+
+
+def _autoencoder(c: ModelConfig) -> Iterator[Rule]:
+    """The FLUX autoencoder: Stable Diffusion's under the names of the code it came from."""
+    config, last = c.autoencoder, len(c.autoencoder.widths) - 1
+
+    def resnet(block: str, to: str, shortcut: bool) -> Iterator[Rule]:
+        for i in (1, 2):
+            yield from stock.norm(f"{block}.norm{i}", f"{to}/norm_{i}")
+            yield from stock.weight(f"{block}.conv{i}", f"{to}/conv_{i}", "conv")
+        if shortcut:
+            yield from stock.weight(f"{block}.nin_shortcut", f"{to}/shortcut", "conv")
+
+    for side, count in (("encoder", config.layers_per_block), ("decoder", config.layers_per_block + 1)):
+        theirs, ours = f"{AUTOENCODER}{side}", f"autoencoder/{side}"
+        yield from stock.weight(f"{theirs}.conv_in", f"{ours}/conv_in", "conv")
+        widths = config.widths if side == "encoder" else config.widths[::-1]
+        width = widths[0]
+        for n, w in enumerate(widths):
+            # The decoder's levels are named by their resolution and run from the coarsest.
+            level = f"{theirs}.down.{n}" if side == "encoder" else f"{theirs}.up.{last - n}"
+            to = f"{ours}/{'down' if side == 'encoder' else 'up'}/{n}"
+            for j in range(count):
+                yield from resnet(f"{level}.block.{j}", f"{to}/resnets/{j}", j == 0 and width != w)
+            if n < last:
+                change = "downsample" if side == "encoder" else "upsample"
+                yield from stock.weight(f"{level}.{change}.conv", f"{to}/resample/conv", "conv")
+            width = w
+        mid, to = f"{theirs}.mid", f"{ours}/mid"
+        yield from resnet(f"{mid}.block_1", f"{to}/resnet_1", False)
+        yield from stock.norm(f"{mid}.attn_1.norm", f"{to}/norm")
+        for name, own in {"q": "q", "k": "k", "v": "v", "proj_out": "out"}.items():
+            yield from stock.weight(f"{mid}.attn_1.{name}", f"{to}/attention/{own}", "linear_1x1")
+        yield from resnet(f"{mid}.block_2", f"{to}/resnet_2", False)
+        yield from stock.norm(f"{theirs}.norm_out", f"{ours}/norm_out")
+        yield from stock.weight(f"{theirs}.conv_out", f"{ours}/conv_out", "conv")
+
+
+def _constants(c: ModelConfig) -> Iterator[Constant]:
+    for name, grid in (("latent", c.layout.latent_grid), ("vit", c.layout.vision_grid)):
+        value = partial(position_table, grid, c.mixture.width)
+        yield Constant(f"{name}_pos_embed.pos_embed", value)
+
+
+def position_table(grid: int, width: int) -> np.ndarray:
+    """The fixed table as the release stores it: [grid * grid, width], the column in the first half."""
+    axis = sincos_1d(grid, width // 2)
+    columns = np.broadcast_to(axis[None], (grid, grid, width // 2))
+    rows = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    return np.concatenate([columns, rows], axis=-1).reshape(grid * grid, width)
