@@ -26,7 +26,7 @@ from umm_jax.convert import layout as layouts
 from umm_jax.convert.folder import new_folder, require_new, require_room
 from umm_jax.convert.layout import Layout
 from umm_jax.convert.shards import DTYPE_NAMES, Shards, Tensor
-from umm_jax.convert.source import Source, open_source
+from umm_jax.convert.source import Source, joined, open_source
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.train.checkpoint import plain_config
@@ -63,8 +63,14 @@ def from_torch(
     """
     path, out = Path(path), Path(out)
     require_new(out)
-    source = open_source(path, allow_pickle=allow_pickle, checksums=checksums)
     folder = path if path.is_dir() else path.parent
+    own_way = layouts.folder_family(path)
+    if own_way is None:
+        source = open_source(path, allow_pickle=allow_pickle, checksums=checksums)
+    else:
+        files = families.get(own_way).weights.FOLDER.files
+        opened = {prefix: open_source(path / file, checksums=checksums) for file, prefix in files.items()}
+        source, family = joined(path, opened), family or own_way
     names = {}  # of ours in the table: of theirs in the files
     run, layout, which = _describe(folder, config, family, source)
     for name in source.entries:
@@ -130,6 +136,10 @@ def _describe(
     else:
         found = layouts.read_json(folder / "config.json")
         own, which = layouts.own_config(found), str(folder / "config.json")
+        described = None if family is None else families.get(family).weights.FOLDER
+        if own is None and described is not None:
+            found = {key: layouts.read_json(folder / file) for key, file in described.configs.items()}
+            which = ", ".join(described.configs.values())
         if own is None:
             family = family or FAMILY
             weights = families.get(family).weights

@@ -131,6 +131,15 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
 
 
+def folder_family(path: Path) -> str | None:
+    """The family whose release has a folder like `path`, where that is laid out in a way of its own."""
+    for name in families.names():
+        folder = families.get(name).weights.FOLDER
+        if folder is not None and all((path / file).is_file() for file in folder.files):
+            return name
+    return None
+
+
 def own_config(found: Any) -> tuple[str, Any] | None:
     """(family, ModelConfig) of a ``config.json`` that we wrote into an export; None where it is another's."""
     if not isinstance(found, Mapping) or not {"family", "model"} <= set(found):

@@ -120,6 +120,14 @@ def open_source(path: str | Path, *, allow_pickle: bool = False, checksums: bool
     return Source(path, entries, files)
 
 
+def joined(where: Path, sources: Mapping[str, Source]) -> Source:
+    """Several sources {prefix: source} as one, each tensor's name with the prefix of its source in front."""
+    entries = {
+        prefix + name: entry for prefix, source in sources.items() for name, entry in source.entries.items()
+    }
+    return Source(where, entries, [file for source in sources.values() for file in source.files])
+
+
 def check_sums(folder: Path, files: Sequence[Path]) -> None:
     """Compares `files` with the sha256sums of `folder`, if it has any. Raises CheckpointError."""
     sums = next((folder / name for name in _SUMS if (folder / name).is_file()), None)

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from umm_jax.convert.shards import DTYPE_NAMES, DTYPES, Shards, Tensor
 from umm_jax.convert.source import open_source
 from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.train.parts import PartReader
+from umm_jax.weights.hub import Folder
 from umm_jax.weights.table import TURNS, Rule, Table
 
 TARGETS = {
@@ -81,10 +83,14 @@ def to_torch(
         _parts(export, out, part, parity, say)
         return
     table = export.kept_table(export.layout.table)
+    release = families.get(export.layout.family).weights
     with new_folder(out) as folder:
-        written = export.write(table, folder, "model")
+        written = export.write_all(table, folder, release.FOLDER)
+        if release.FOLDER is not None:
+            for key, content in release.config_files(export.layout.model).items():
+                (folder / release.FOLDER.configs[key]).write_text(json.dumps(content, indent=1) + "\n")
         config = {
-            "architectures": [families.get(export.layout.family).weights.ARCHITECTURE],
+            "architectures": [release.ARCHITECTURE],
             "model_type": export.layout.family,
             "torch_dtype": _main_dtype(written),
             "family": export.layout.family,
@@ -176,7 +182,27 @@ class Export:
                 f"{self.run}: {len(wrong)} parameters do not fit its config: {'; '.join(wrong[:5])}{more}"
             )
 
-    def write(self, table: Table, folder: Path, stem: str) -> dict[str, dict[str, Any]]:
+    def write_all(self, table: Table, folder: Path, own_way: Folder | None) -> dict[str, dict[str, Any]]:
+        """Writes the whole model, in the files of `own_way` where the release has such."""
+        if own_way is None:
+            return self.write(table, folder, "model")
+        written, came_as = {}, {}
+        for file, prefix in own_way.files.items():
+            mine = lambda row, prefix=prefix: own_way.prefix(row.theirs) == prefix  # noqa: E731
+            bare = lambda row, prefix=prefix: replace(row, theirs=row.theirs.removeprefix(prefix))  # noqa: E731
+            part = Table(
+                tuple(bare(r) for r in table.rules if mine(r)),
+                tuple(bare(c) for c in table.constants if mine(c)),
+            )
+            found = self.write(part, folder, Path(file).stem, limit=1 << 62)
+            written |= {prefix + name: line for name, line in found.items()}
+            came_as |= {prefix + name: line for name, line in self._came_as.items()}
+        self._came_as = came_as
+        return written
+
+    def write(
+        self, table: Table, folder: Path, stem: str, limit: int | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Writes the tensors of `table` as shards; returns {name: {"dtype", "shape", "sha256"}}."""
         self.check(table)
         ours = self.layout.ours
@@ -192,7 +218,7 @@ class Export:
         }
         written = {}
         with (
-            Shards(folder, stem, tensors, self.shard_size) as shards,
+            Shards(folder, stem, tensors, limit or self.shard_size) as shards,
             tqdm(total=len(tensors), desc="to-torch", unit=" tensors", disable=None) as bar,
         ):
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
-    from umm_jax.weights.hub import StockPart
+    from umm_jax.weights.hub import Folder, StockPart
     from umm_jax.weights.table import Table
 
 Batch = Mapping[
@@ -168,10 +168,12 @@ class WeightsPart(Protocol):
     Attributes:
         ARCHITECTURE: what the ``config.json`` of an export calls the model.
         PARTS: names of the parts that stock classes of other libraries load, for :meth:`stock_part`.
+        FOLDER: how the release's folder is laid out where that is not the way of ``transformers``; else None.
     """
 
     ARCHITECTURE: str
     PARTS: tuple[str, ...]
+    FOLDER: "Folder | None"
 
     def table(self, config: ModelConfig) -> "Table":
         """Rows between the release's tensors and our parameters, complete in both directions.
@@ -188,7 +190,8 @@ class WeightsPart(Protocol):
     ) -> ModelConfig | None:
         """The config of a checkpoint whose ``config.json`` holds `found` and whose tensors have `shapes`.
 
-        None where the file is not of the reference's kind. Raises CheckpointError where it lacks a value.
+        Where the release has a FOLDER, `found` is what its config files hold, by key. None where the file is
+        not of the reference's kind. Raises CheckpointError where it lacks a value.
         """
 
     def stock_part(

@@ -16,6 +16,23 @@ from umm_jax.weights.table import Constant, Fresh, Rule, Table, Unused
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A release whose folder is laid out in a way of its own.
+
+    Attributes:
+        files: {file of weights: what its tensors' names begin with in the table}; each is one file.
+        configs: {key: JSON file}: what together says the sizes of the model.
+    """
+
+    files: Mapping[str, str]
+    configs: Mapping[str, str]
+
+    def prefix(self, name: str) -> str:
+        """What the name of a tensor in the table begins with, of the prefixes of the files."""
+        return max((p for p in self.files.values() if name.startswith(p)), key=len)
+
+
+@dataclass(frozen=True)
 class StockPart:
     """One part.
 

@@ -1,7 +1,7 @@
 """BAGEL's checkpoints, tensor by tensor, and the stock parts one is begun from (docs/chatumm.md section 8).
 
-The release keeps the autoencoder in a file of its own; here its tensors carry the prefix ``ae.``, which
-:data:`FILES` takes off and puts on.
+The release keeps the autoencoder in a file of its own; here its tensors carry the prefix ``ae.``, which is
+taken off and put on by :data:`FOLDER`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,16 @@ from umm_jax.families.chatumm.reference import is_reference, reference_config
 from umm_jax.families.chatumm.reference import release_config as release_config
 from umm_jax.models.positions import sincos_1d
 from umm_jax.weights import hub, stock
-from umm_jax.weights.table import Constant, Rule, Table, Unused
+from umm_jax.weights.table import Constant, Rule, Table
 
 ARCHITECTURE = "BagelForConditionalGeneration"
 PARTS = ("llm", "vit")
 AUTOENCODER = "ae."
-# Files of a checkpoint, and the prefix of the names of what is in them.
-FILES = {"ema.safetensors": "", "ae.safetensors": AUTOENCODER}
+FOLDER = hub.Folder(
+    files={"ema.safetensors": "", "ae.safetensors": AUTOENCODER},
+    configs={"llm": "llm_config.json", "vit": "vit_config.json"},
+)
+VISION = "vit_model.vision_model."
 
 
 def table(config: ModelConfig) -> Table:
@@ -32,12 +35,7 @@ def table(config: ModelConfig) -> Table:
         ConfigError: a model that is not laid out like the release: there is no released name for its parts.
     """
     _require_release_layout(config)
-    return Table(
-        rules=tuple(_rules(config)),
-        constants=tuple(_constants(config)),
-        # The file has all 27 layers of the encoder where it was not cut; the model runs one less.
-        unused=(Unused(rf"{VISION}encoder\.layers\.{config.vision.layers}\..*", "never run"),),
-    )
+    return Table(rules=tuple(_rules(config)), constants=tuple(_constants(config)))
 
 
 def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
@@ -45,14 +43,46 @@ def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     return reference_config(found, shapes) if is_reference(found) else None
 
 
+def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What the config files of FOLDER hold for a model, by key: enough for the release's own classes."""
+    m, v = config.mixture, config.vision
+    return {
+        "llm": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": m.vocab,
+            "hidden_size": m.width,
+            "intermediate_size": m.mlp,
+            "num_hidden_layers": m.layers,
+            "num_attention_heads": m.heads,
+            "num_key_value_heads": m.kv_heads or m.heads,
+            "hidden_act": m.activation,
+            "rms_norm_eps": m.norm_eps,
+            "rope_theta": m.rope_base,
+            "max_position_embeddings": 32768,
+            "qk_norm": True,
+            "tie_word_embeddings": False,
+        },
+        "vit": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": v.width,
+            "intermediate_size": v.mlp,
+            # The release counts one layer that it does not run.
+            "num_hidden_layers": v.layers + 1,
+            "num_attention_heads": v.heads,
+            "patch_size": v.patch,
+            "image_size": v.grid * v.patch,
+            "layer_norm_eps": v.eps,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    }
+
+
 def stock_part(
     name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
 ) -> hub.StockPart:
     """One of PARTS of a model. Raises ConfigError where it is not laid out like the stock one."""
     raise ConfigError(f"{name!r} is no part of a chatumm model that a stock class loads yet")
-
-
-VISION = "vit_model.vision_model."
 
 
 def _require_release_layout(c: ModelConfig) -> None:

@@ -20,6 +20,7 @@ from umm_jax.weights import hub, stock
 from umm_jax.weights.table import Constant, Rule, Table
 
 ARCHITECTURE = "MMInterleaved"  # what an export's config.json calls it
+FOLDER = None
 VISION = "visual_tokenizer.encoder.vision_model."
 DECODER = "image_decoder.decoder."
 
