@@ -15,6 +15,7 @@ from umm_jax.families.chatumm import reference, weights
 from umm_jax.families.chatumm.model import build
 from umm_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from umm_jax.models.layers import Keys
+from umm_jax.models.losses import token_losses
 from umm_jax.models.mot import MixtureConfig, MixtureOfTransformers, begun_from
 
 BUDGET = {"tokens": 140, "images": 4, "latents": 160, "patches": 16}
@@ -91,6 +92,16 @@ def test_losses_are_means_over_what_is_labelled_and_control_is_reported_apart():
     error = np.square(np.asarray(read.prediction - read.target)).mean(-1)
     assert float(weights_["image"]) == noisy.sum() == 3 * 16
     np.testing.assert_allclose(sums["image"], error[noisy].sum(), rtol=1e-5)
+    chunked = toy.model(toy.model_config(loss_chunk=16))
+    again, _ = jax.jit(chunked.loss_sums)(packed, key)
+    np.testing.assert_allclose(again["text"], sums["text"], rtol=1e-5)
+    needed, labels = tokens["weight"] > 0, jnp.maximum(tokens["label"], 0)
+
+    def text(hidden, chunk):
+        return jnp.sum(token_losses(hidden, model.head, labels, chunk=chunk, needed=needed)[0] * needed)
+
+    grads = [jax.jit(jax.grad(text), static_argnums=1)(read.hidden[0], chunk) for chunk in (None, 16)]
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
     next_ = np.asarray(tokens["control"]) == 1
     np.testing.assert_allclose(metrics["control_loss"][0], nll[next_].sum(), rtol=1e-5)
     assert float(metrics["control_loss"][1]) == next_.sum() == 9

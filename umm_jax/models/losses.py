@@ -45,6 +45,7 @@ def token_losses(
     targets: jax.Array,
     *,
     chunk: int | None = None,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-log p(target), and 1 where the target is the most probable token, float32 [B, T] each.
 
@@ -52,8 +53,12 @@ def token_losses(
         hidden: [B, T, D]; head: maps [B, t, D] to float32 logits [B, t, V].
         targets: [B, T].
         chunk: positions projected at a time; logits of other chunks are recomputed in the backward pass,
-            so that memory is B * chunk * V. None projects all at once; must divide T.
+            so that memory is B * chunk * V. None projects all at once. Divides T, unless `needed` is given.
+        needed: bool [B, T], where the result matters; elsewhere it is 0, and with a `chunk` no more positions
+            are projected than the row with most of them needs, rounded up to chunks.
     """
+    if needed is not None and chunk is not None:
+        return _needed_losses(hidden, head, targets, chunk, needed)
 
     def part(hidden, targets):
         logits = head(hidden)
@@ -73,3 +78,29 @@ def token_losses(
     step = jax.checkpoint(lambda _, inputs: (None, part(*inputs)))
     _, found = jax.lax.scan(step, None, (split(hidden), split(targets)))
     return tuple(jnp.moveaxis(a, 0, 1).reshape(b, t) for a in found)
+
+
+def _needed_losses(hidden, head, targets, chunk: int, needed):
+    """:func:`token_losses` of the needed positions, brought to the front of their row."""
+    b, t = targets.shape
+    order = jnp.argsort(~needed, axis=1, stable=True)
+    fill = -t % chunk
+
+    def cut(a):
+        a = jnp.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1)
+        a = jnp.pad(a, [(0, 0), (0, fill)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(b, -1, chunk, *a.shape[2:]), 1, 0)
+
+    def part(inputs):
+        hidden, targets, needed = inputs
+        nll, hits = token_losses(hidden, head, targets)
+        return jnp.where(needed, nll, 0.0), jnp.where(needed, hits, 0.0)
+
+    def step(_, inputs):
+        nothing = (jnp.zeros((b, chunk)), jnp.zeros((b, chunk)))
+        return None, jax.lax.cond(jnp.any(inputs[2]), part, lambda _: nothing, inputs)
+
+    _, found = jax.lax.scan(jax.checkpoint(step), None, (cut(hidden), cut(targets), cut(needed)))
+    back = jnp.argsort(order, axis=1)
+    found = (jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in found)
+    return tuple(jnp.take_along_axis(a, back, axis=1) for a in found)

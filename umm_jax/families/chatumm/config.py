@@ -39,7 +39,7 @@ class ModelConfig:
         positions: factor on the fixed tables of positions, which are added to latents and patches.
         head_std: deviation of the output head at the start.
         image_loss: extra weight where something is, or changed; None weighs all alike.
-        loss_chunk: tokens projected to the vocabulary at a time; None is all.
+        loss_chunk: labelled tokens projected to the vocabulary at a time; None projects all tokens at once.
         compat: "release" takes a picture's latents from all of its canvas, so that they depend on how much of
             it is empty, as in the released training code; else a picture is by itself.
     """

@@ -220,7 +220,8 @@ class ChatUMM(nnx.Module):
         """
         tokens, read = batch["tokens"], self.read(batch, self.draw(batch, key))
         label, weight = jnp.maximum(tokens["label"], 0), tokens["weight"]
-        nll, hits = token_losses(read.hidden[0], self.head, label, chunk=self.config.loss_chunk)
+        chunk = self.config.loss_chunk
+        nll, hits = token_losses(read.hidden[0], self.head, label, chunk=chunk, needed=weight > 0)
         error = jnp.mean((read.prediction - read.target) ** 2, axis=-1)
         control = tokens["control"].astype(jnp.float32)
         words, next_ = weight * (1 - control), weight * control
