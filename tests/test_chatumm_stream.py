@@ -135,6 +135,18 @@ def test_packing_keeps_references_on_every_axis(serializer):
     assert (row["latents"]["time"][row["latents"]["segment_ids"] == 0] == -1).all()
 
 
+def test_a_picture_that_is_drawn_again_has_a_time_of_its_own(serializer):
+    c = toy.conversation(5, exchanges=1)
+    c = toy.asked(c, "draw a red circle").with_turn(Turn("assistant", (Image("i0"),), loss=True))
+    c = toy.asked(c, Image("i0"), "what color is it").with_turn(Turn("assistant", (Text("red"),), loss=True))
+    stream = serializer(c)
+    noised = stream["latents"]["time"][stream["latents"]["time"] >= 0]
+    assert sorted(set(noised)) == [0, 1] and len(noised) == 2 * 16
+    # Shown by the user, it is the one drawn last; as history there is only one.
+    assert stream_length(stream)["images"] == 2 and stream["latents"]["image"][-1] == 1
+    assert stream_length(serializer.prompt(toy.asked(c, "ok")))["images"] == 1
+
+
 # --- what is left out ---------------------------------------------------------------------------------
 
 

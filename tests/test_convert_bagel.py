@@ -82,7 +82,7 @@ def test_what_its_config_files_say_are_the_sizes(released, run_config):
         {key: json.loads((released / file).read_text()) for key, file in weights.FOLDER.configs.items()},
         {name: a.shape for name, a in load_file(released / "ema.safetensors").items()},
     )
-    written = weights.config_files(config)
+    written = weights.FOLDER.describe(config)
     assert config.vision.layers == 3 and written["vit"]["num_hidden_layers"] == 4
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
         assert written["llm"][key] == json.loads((released / "llm_config.json").read_text())[key]

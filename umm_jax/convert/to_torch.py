@@ -87,7 +87,7 @@ def to_torch(
     with new_folder(out) as folder:
         written = export.write_all(table, folder, release.FOLDER)
         if release.FOLDER is not None:
-            for key, content in release.config_files(export.layout.model).items():
+            for key, content in release.FOLDER.describe(export.layout.model).items():
                 (folder / release.FOLDER.configs[key]).write_text(json.dumps(content, indent=1) + "\n")
         config = {
             "architectures": [release.ARCHITECTURE],
@@ -110,6 +110,10 @@ def _parts(export: "Export", out: Path, part: str, parity: Any, say: Callable[[s
     """Writes one stock part into `out`, or all of them into folders of their names."""
     weights = families.get(export.layout.family).weights
     chosen = weights.PARTS if part == "all" else (part,)
+    if not chosen:
+        raise ConfigError(
+            f"--part=all: no part of a {export.layout.family} model is laid out like a stock class"
+        )
     described = {name: weights.stock_part(name, export.layout.model) for name in chosen}
     for stock in described.values():
         stock.table.check(stock.subset(export.layout.ours))

@@ -4,7 +4,7 @@ Each function describes one part for a config of ours; :class:`StockPart` serves
 those of the libraries' own files, and ``config.json`` holds what their classes need to give our outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ class Folder:
     Attributes:
         files: {file of weights: what its tensors' names begin with in the table}; each is one file.
         configs: {key: JSON file}: what together says the sizes of the model.
+        describe: a model's config to what these files hold, by key.
     """
 
     files: Mapping[str, str]
     configs: Mapping[str, str]
+    describe: Callable[[Any], Mapping[str, Mapping[str, Any]]]
 
     def prefix(self, name: str) -> str:
         """What the name of a tensor in the table begins with, of the prefixes of the files."""

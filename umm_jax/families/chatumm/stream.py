@@ -329,7 +329,7 @@ class _Plan:
                     ids += self.serializer.words(self.conversation, index, part)
                 self._add(index, Segment("text", tuple(ids), learned=learned, label=label, droppable=free))
                 continue
-            picture = self._picture(parts[0])
+            picture = self._picture(parts[0], learned)
             if learned:
                 self._add(index, Segment("latent", image=picture, learned=True))
                 if c.last_image == "drawn" and last and index == len(turns) - 1:
@@ -357,12 +357,13 @@ class _Plan:
     def _role(self, turn: Turn) -> list[int]:
         return self.serializer.tokenizer.encode(f"{turn.role}\n")
 
-    def _picture(self, part: Image | Mask) -> int:
+    def _picture(self, part: Image | Mask, drawn: bool) -> int:
+        """Its index. One that is drawn again is another, with a time of its own."""
         if isinstance(part, Mask):
             # A mask is shown, and answered, as a picture: white where it is set. The family has no mask head.
             self.pictures.append(np.repeat(part.array().astype(np.uint8)[..., None] * 255, 3, axis=-1))
             return len(self.pictures) - 1
-        if part.ref not in self._index:
+        if drawn or part.ref not in self._index:
             self.pictures.append(self.conversation.images[part.ref].array())
             self._index[part.ref] = len(self.pictures) - 1
         return self._index[part.ref]

@@ -19,12 +19,9 @@ from umm_jax.weights import hub, stock
 from umm_jax.weights.table import Constant, Rule, Table
 
 ARCHITECTURE = "BagelForConditionalGeneration"
-PARTS = ("llm", "vit")
+# Its language model has norms of heads and two sets of weights: no stock class is like that.
+PARTS: tuple[str, ...] = ()
 AUTOENCODER = "ae."
-FOLDER = hub.Folder(
-    files={"ema.safetensors": "", "ae.safetensors": AUTOENCODER},
-    configs={"llm": "llm_config.json", "vit": "vit_config.json"},
-)
 VISION = "vit_model.vision_model."
 
 
@@ -78,11 +75,18 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+FOLDER = hub.Folder(
+    files={"ema.safetensors": "", "ae.safetensors": AUTOENCODER},
+    configs={"llm": "llm_config.json", "vit": "vit_config.json"},
+    describe=config_files,
+)
+
+
 def stock_part(
     name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
 ) -> hub.StockPart:
-    """One of PARTS of a model. Raises ConfigError where it is not laid out like the stock one."""
-    raise ConfigError(f"{name!r} is no part of a chatumm model that a stock class loads yet")
+    """Raises ConfigError: no part of this family is laid out like a stock class."""
+    raise ConfigError(f"{name!r}: no part of a chatumm model is laid out like a stock class of its library")
 
 
 def _require_release_layout(c: ModelConfig) -> None:
