@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from umm_jax import cli
+from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.families.chatumm import weights
 
 FIXTURE = parity.FOLDER.parent / "bagel"
@@ -32,6 +33,20 @@ def released(tmp_path):
     for path in folder.iterdir():
         path.chmod(0o644)
     return folder
+
+
+def test_its_tokenizer_comes_along(released, run_config, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made.save(str(released / "tokenizer.json"))
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert cli.main(["convert", "from-torch", str(released), f"--out={run}", f"--config={run_config}"]) == 0
+    loaded = Tokenizer.load(run / "tokenizer.model")
+    assert loaded.id("<|im_end|>") == 3 and loaded.encode("ab") == [0, 1]
+    assert cli.main(["convert", "to-torch", f"--run={run}", f"--out={out}"]) == 0
+    assert (out / "tokenizer.json").read_bytes() == (released / "tokenizer.json").read_bytes()
+    assert not (out / "tokenizer.model").exists()
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def from_torch(
             taken for the family's release.
         family: whose names the tensors have, where no config says.
         allow_pickle, checksums: see ``source.open_source``.
-        tokenizer: a sentencepiece model; else ``tokenizer.model`` beside the weights, if there is one.
+        tokenizer: its file; else ``tokenizer.model`` beside the weights, or ``tokenizer.json`` where the
+            family adds nothing to a vocabulary, if there is one.
 
     Raises:
         CheckpointError: a missing, extra or misshapen tensor, a constant that is not ours, a damaged file.
@@ -192,10 +193,9 @@ def _keep_tokenizer(folder: Path, part: Path) -> None:
 
 def _tokenizer(folder: Path, given: str | Path | None, model: Any) -> Tokenizer | None:
     """The run's tokenizer, with the pieces for images that a language model's own lacks."""
-    path = Path(given) if given else folder / "tokenizer.model"
-    if given is None and not path.is_file():
-        return None
-    return with_image_pieces(Tokenizer.load(path), model, path)
+    own = ("tokenizer.model",) if hasattr(model.layout, "soi_id") else ("tokenizer.json", "tokenizer.model")
+    path = Path(given) if given else next((folder / n for n in own if (folder / n).is_file()), None)
+    return None if path is None else with_image_pieces(Tokenizer.load(path), model, path)
 
 
 def with_image_pieces(tokenizer: Tokenizer, model: Any, path: Path) -> Tokenizer:
@@ -205,8 +205,8 @@ def with_image_pieces(tokenizer: Tokenizer, model: Any, path: Path) -> Tokenizer
         ConfigError: they have, or would get, other ids than the model expects.
     """
     layout = getattr(model, "layout", None)
-    if layout is None:
-        return tokenizer
+    if not hasattr(layout, "soi_id"):
+        return tokenizer  # nothing was added to its vocabulary
     if tokenizer.size == layout.soi_id:
         return tokenizer.extended([layout.soi, layout.image])
     try:

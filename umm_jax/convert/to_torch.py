@@ -288,7 +288,10 @@ class Export:
         kept = self.run / layouts.TOKENIZER
         found = sorted(kept.iterdir()) if kept.is_dir() else []
         names = [path.name for path in found]
-        if "tokenizer.model" not in names and (self.run / "tokenizer.model").is_file():
+        if (
+            not {"tokenizer.model", "tokenizer.json"} & set(names)
+            and (self.run / "tokenizer.model").is_file()
+        ):
             found.append(self.run / "tokenizer.model")
         for path in found:
             shutil.copyfile(path, folder / path.name)

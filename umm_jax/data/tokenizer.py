@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from umm_jax.data.byte_pairs import BytePairs
 from umm_jax.data.files import write_atomic
 from umm_jax.errors import ConfigError, DataError
 
@@ -27,14 +28,24 @@ class Tokenizer:
         self._bytes = [self._pieces.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a ``.model`` file. Raises DataError if it is missing or no sentencepiece model."""
+    def load(cls, path: str | Path) -> "Tokenizer | BytePairs":
+        """Reads a sentencepiece model, or a ``tokenizer.json`` under whatever name.
+
+        Raises:
+            DataError: missing, or neither. ConfigError: no library to read a tokenizer.json with.
+        """
         try:
-            return cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
+            if not model.lstrip().startswith(b"{"):
+                return cls(model)
         except OSError as error:
             raise DataError(f"tokenizer {path}: {error.strerror}") from None
         except RuntimeError:
             raise DataError(f"tokenizer {path}: not a sentencepiece model, or damaged") from None
+        try:
+            return BytePairs(model)
+        except DataError as error:
+            raise DataError(f"tokenizer {path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes the model file, whole or not at all. Raises StorageError."""
