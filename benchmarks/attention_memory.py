@@ -1,7 +1,7 @@
 """Temporaries of attention under a mask object, forward and backward, by number of tokens: compiled, not run.
 
     python benchmarks/attention_memory.py                # this machine's CPU
-    python benchmarks/attention_memory.py --tpu v5e:2x2  # ahead of time for one TPU, needs `pip install libtpu`
+    python benchmarks/attention_memory.py --tpu v5e:2x2  # for a TPU, ahead of time: `pip install libtpu`
 
 28 heads of width 128 and 4 key/value heads in bfloat16, as BAGEL-7B has them; one row. What the compiler
 plans is reported; that it also runs is not.

@@ -96,6 +96,20 @@ def test_every_tensor_of_bagel(name):
     assert not missed, "\n".join(missed)
 
 
+def test_a_bagel_of_other_dimensions_in_pytorch_agrees(tmp_path):
+    pytest.importorskip(
+        "torch", reason="torch is not installed: no second reference for BAGEL's forward pass"
+    )
+    import bagel_reference
+
+    bagel_reference.write(tmp_path)
+    rows = list(verify.checks(tmp_path))
+    files = {row.file for row in rows}
+    assert {"train_forward", "grads", "mot_layer"} <= files and len(rows) > 150
+    missed = [verify.line(row) for row in rows if not row.passed]
+    assert not missed, "\n".join(missed)
+
+
 def test_a_folder_that_is_none_of_ours(tmp_path, capsys):
     assert cli.main(["convert", "verify", str(tmp_path)]) == 4
     assert "no config.json or fixture.json" in capsys.readouterr().err
