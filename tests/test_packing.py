@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
-from umm_jax.data.packing import Fill, FirstFit, batch, beginning, fit, pack_row
+from umm_jax.data.packing import Fill, FirstFit, batch, beginning, fit, pack_row, without_oldest
 from umm_jax.errors import DataError
 from umm_jax.stream import Feature, StreamSpec, stream_length
 
@@ -173,6 +173,31 @@ def test_truncate_drops_when_not_even_one_exchange_fits():
     assert fit(dialogue(3), serializer, size(3, 9), "truncate") == (None, False)
     monologue = Conversation("m", (Turn("user", (Text("a b c d e"),)),))
     assert fit(monologue, serializer, size(3, 9), "truncate") == (None, False)
+
+
+def test_the_oldest_goes_unless_something_depends_on_it():
+    turns = [Turn("system", (Text("s"),))]
+    for k, needs in enumerate([(), (), (2,), ()]):
+        turns += [
+            Turn("user", (Text(f"ask {k}"),)),
+            Turn("assistant", (Text(f"answer {k}"),), loss=True, depends_on=needs),
+        ]
+    c = Conversation("d", tuple(turns))
+    # The third answer needs the first; the second exchange is the oldest that may go, then the third.
+    for tokens, kept in ((17, [0, 1, 2, 3]), (13, [0, 2, 3]), (9, [0, 3]), (5, [3])):
+        tried = []
+
+        def noted(c, tried=tried):
+            tried.append(c)
+            return serializer(c)
+
+        result, truncated = fit(c, noted, size(tokens, 9), "oldest")
+        assert stream_length(result)["tokens"] <= tokens and truncated == (len(kept) < 4)
+        assert [t.text for t in tried[-1].turns if t.role == "user"] == [f"ask {k}" for k in kept]
+        tried[-1].validate()
+    shorter = without_oldest(c)
+    assert [t.depends_on for t in shorter.turns if t.role == "assistant"] == [(), (2,), ()]
+    assert fit(c, serializer, size(4, 9), "oldest") == (None, False)
 
 
 def test_a_beginning_is_a_valid_record():

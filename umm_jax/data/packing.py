@@ -139,8 +139,9 @@ def fit(
     """Serializes a conversation within the budget of a row.
 
     Args:
-        oversize: "refuse", "drop" or "truncate": remove the last turns, down to one exchange of a user
-            and an assistant turn at least, always ending with an assistant turn.
+        oversize: "refuse", "drop", "truncate": remove the last turns, down to one exchange of a user and an
+            assistant turn at least, always ending with an assistant turn; or "oldest": remove the oldest
+            exchanges that no later turn depends on, never the last.
 
     Returns:
         (stream, whether it was truncated); the stream is None when the conversation is to be left out.
@@ -157,9 +158,17 @@ def fit(
         raise DataError(
             f"record {conversation.id} needs {' and '.join(f'{length[a]} {a}' for a in wide)}, a row holds "
             f"{' and '.join(str(budget[a]) for a in wide)}; raise "
-            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop or truncate"
+            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop, truncate or oldest"
         )
     if oversize == "drop":
+        return None, False
+    if oversize == "oldest":
+        shorter = without_oldest(conversation)
+        while shorter is not None:
+            stream = serializer(shorter)
+            if _within(stream_length(stream), budget):
+                return stream, True
+            shorter = without_oldest(shorter)
         return None, False
     # A longer beginning is never shorter as a stream, so the longest that fits can be bisected.
     ends = [
@@ -183,6 +192,27 @@ def beginning(conversation: Conversation, turns: int) -> Conversation:
     shown = {part.ref for turn in kept for part in turn.parts if isinstance(part, Image)}
     images = {ref: image for ref, image in conversation.images.items() if ref in shown}
     return dataclasses.replace(conversation, turns=kept, images=images)
+
+
+def without_oldest(conversation: Conversation) -> Conversation | None:
+    """Without its oldest exchange that no later turn depends on; None where there is none but the last.
+
+    An exchange is a user's turn and all up to the next one.
+    """
+    turns = conversation.turns
+    starts = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    for start, end in zip(starts, starts[1:]):
+        if any(start <= needed < end for turn in turns[end:] for needed in turn.depends_on):
+            continue
+        gone = end - start
+        kept = [
+            dataclasses.replace(turn, depends_on=tuple(n if n < start else n - gone for n in turn.depends_on))
+            for i, turn in enumerate(turns)
+            if not start <= i < end
+        ]
+        shorter = dataclasses.replace(conversation, turns=tuple(kept))
+        return beginning(shorter, len(kept))
+    return None
 
 
 def budget_name(axis: str) -> str:
