@@ -1,4 +1,4 @@
-"""The real family on the real world, through the command line: the same on 8 devices and after any death."""
+"""The families on the real world, through the command line: the same on 8 devices and after any death."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,13 +21,28 @@ from umm_jax.train.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a few dialogues and their tokenizer."""
-    folder = tmp_path_factory.mktemp("world")
-    cli.dispatch(["data", "synthesize", "--count=96", f"--out={folder / 'data'}", "--shards=2"])
-    cli.dispatch(["data", "tokenizer", f"--out={folder / 'tokenizer.model'}"])
-    return folder
+class World(NamedTuple):
+    """A config, and a folder with a few dialogues and their tokenizer."""
+
+    config: Path
+    folder: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            f'data.sources=[{{"path": "{self.folder / "data"}"}}]',
+            f"data.tokenizer={self.folder / 'tokenizer.model'}",
+            "data.batch_size=8",
+        ]
+
+
+@pytest.fixture(scope="module", params=["world_tiny", "world_chatumm"])
+def world(request, tmp_path_factory):
+    config, folder = ROOT / "configs" / f"{request.param}.py", tmp_path_factory.mktemp("world")
+    base = [f"--config={config}"]
+    cli.dispatch(["data", "synthesize", *base, "--count=96", f"--out={folder / 'data'}", "--shards=2"])
+    cli.dispatch(["data", "tokenizer", *base, f"--out={folder / 'tokenizer.model'}"])
+    return World(config, folder)
 
 
 def command(world, workdir, steps, *overrides):
@@ -35,11 +51,9 @@ def command(world, workdir, steps, *overrides):
         "-m",
         "umm_jax.cli",
         "train",
-        f"--config={ROOT / 'configs' / 'world_tiny.py'}",
+        f"--config={world.config}",
         f"--workdir={workdir}",
-        f'--config.data.sources=[{{"path": "{world / "data"}"}}]',
-        f"--config.data.tokenizer={world / 'tokenizer.model'}",
-        "--config.data.batch_size=8",
+        *(f"--config.{override}" for override in world.overrides),
         f"--config.train.steps={steps}",
         "--config.train.log_every=1",
         "--config.train.eval_every=0",
@@ -118,16 +132,11 @@ for path, one in found[0].items():
 @pytest.mark.slow
 def test_one_device_and_eight_give_equal_gradients_of_every_parameter(world):
     """Losses forgive a wrong gradient for a while; this does not."""
-    overrides = [
-        f'data.sources=[{{"path": "{world / "data"}"}}]',
-        f"data.tokenizer={world / 'tokenizer.model'}",
-        "data.batch_size=8",
-    ]
-    argv = [sys.executable, "-c", GRADIENTS, str(ROOT / "configs" / "world_tiny.py"), *overrides]
+    argv = [sys.executable, "-c", GRADIENTS, str(world.config), *world.overrides]
     done = subprocess.run(argv, env=environment(8), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) > 200
+    assert len(lines) > 50
     assert not [line for line in lines if float(line[0]) > 1e-4]
 
 
