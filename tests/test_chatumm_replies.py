@@ -70,6 +70,20 @@ def test_an_edited_conversation_goes_on_from_the_change(config, model):
     assert replier.prefilled[0] > 50
 
 
+def test_a_reply_that_is_broken_off_leaves_nothing_half_read(config, model, monkeypatch):
+    replier = toy.replier(config, model)
+    c = toy.asked(toy.conversation(0, 1), "make it red")
+    settings = dataclasses.replace(SETTINGS, mode="image")
+    expected = replier.reply([c], settings, [0])[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(replier.engine, "draw", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            replier.reply([toy.asked(c, "draw a circle")], settings, [1])
+    again = replier.reply([c], settings, [0])[0]
+    assert again.turn == expected.turn
+    assert [i.data for i in again.images.values()] == [i.data for i in expected.images.values()]
+
+
 def test_modes_force_and_forbid(config, model):
     c = toy.asked(Conversation("c", ()), "draw a circle")
     replier = toy.replier(config, model)

@@ -140,6 +140,11 @@ class Replier:
         self._kept = (line.main, line.plain) if self.keep else (Context(), Context())
         return line.replies()
 
+    def take_kept(self) -> tuple[Context, Context]:
+        """What the last call read, of everything and of texts alone; forgets it."""
+        kept, self._kept = self._kept, (Context(), Context())
+        return kept
+
     def _check(self, settings: ReplySettings) -> None:
         if settings.beams > 1:
             raise ConfigError(f"beams={settings.beams}: this family has no beam search; use 1")
@@ -296,7 +301,8 @@ class _Line:
             self.free.append((sum(p.tokens for p in before), sum(p.rope for p in before)))
             last = next((p.pixels for p in reversed(pieces) if p.pixels is not None), None)
             self.size.append(self._size(last))
-        self.main, self.plain = self.replier._kept
+        # Taken, not shared: a reply that is broken off leaves nothing half read behind.
+        self.main, self.plain = self.replier.take_kept()
         self.prefilled = self._go_on(self.main, wanted)
         if self.guides_images:
             self._go_on(self.plain, [[p for p in row if p.segment.kind == "text"] for row in wanted])
