@@ -265,10 +265,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--config", required=True, help="the model that is begun")
     p.add_argument("--out", required=True, help="run folder to make")
-    p.add_argument("--llama", metavar="DIR", help="folder of a Llama or Vicuna")
+    p.add_argument("--llama", metavar="DIR", help="folder of the language model: a Llama, Vicuna or Qwen2")
     p.add_argument("--clip", metavar="DIR", help="folder of a CLIP, whole or its vision model")
+    p.add_argument("--siglip", metavar="DIR", help="folder of a SigLIP2, whole or its vision model")
     p.add_argument("--unet", metavar="DIR", help="folder of Stable Diffusion's unet")
-    p.add_argument("--vae", metavar="DIR", help="folder of Stable Diffusion's vae")
+    p.add_argument("--vae", metavar="DIR", help="folder of Stable Diffusion's vae, or FLUX's; or its file")
     p.add_argument(
         "--text-encoder", metavar="DIR", help="its text_encoder, for the empty prompt (needs torch)"
     )
@@ -569,7 +570,7 @@ def _from_parts(args) -> None:
     from umm_jax import config
     from umm_jax.convert.from_parts import from_parts
 
-    parts = {"llm": args.llama, "clip": args.clip, "unet": args.unet, "vae": args.vae}
+    parts = {"llm": args.llama, "clip": args.clip, "vit": args.siglip, "unet": args.unet, "vae": args.vae}
     from_parts(
         config.load(args.config, args.overrides),
         args.out,

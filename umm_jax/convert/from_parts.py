@@ -1,9 +1,10 @@
 """``umm convert from-parts``: stock folders become the beginning of a model of ours.
 
-A Llama or Vicuna, a CLIP, Stable Diffusion's UNet and autoencoder, each optional, as their libraries save
-them. The result is a run folder that holds the arrays these give, and no others: ``train.init_from`` takes
-them, and what is missing comes from the seed. What a stock model lacks of an array (rows of added tokens, the
-bias of the head) is made here, each by a rule that says why.
+A Llama, Vicuna or Qwen2, a CLIP or SigLIP2, Stable Diffusion's UNet, its or FLUX's autoencoder: what the
+family is made of, each optional, as their libraries save them. The result is a run folder that holds the
+arrays these give, and no others: ``train.init_from`` takes them, and what is missing comes from the seed.
+What a stock model lacks of an array (rows of added tokens, the bias of the head) is made here, each by a rule
+that says why.
 """
 
 import dataclasses
@@ -19,9 +20,8 @@ from umm_jax import config as configs
 from umm_jax import families
 from umm_jax.convert import layout as layouts
 from umm_jax.convert.folder import new_folder, require_new, require_room
-from umm_jax.convert.from_torch import with_image_pieces
+from umm_jax.convert.from_torch import read_tokenizer
 from umm_jax.convert.source import Source, import_torch, open_source
-from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.train.checkpoint import plain_config
 from umm_jax.train.parts import PartWriter
@@ -58,7 +58,7 @@ def from_parts(
     out = Path(out)
     require_new(out)
     if not parts and text_encoder is None:
-        raise ConfigError("no part was given: --llama, --clip, --unet, --vae or --text-encoder")
+        raise ConfigError("no part was given: --llama, --clip, --siglip, --unet, --vae or --text-encoder")
     family = families.get(run.family)
     model = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
     ours = layouts.shapes_of(run.family, model)
@@ -76,10 +76,7 @@ def from_parts(
                 f"{list(ours.get(NULL, ()))}"
             )
         arrays[NULL] = (empty.shape, empty.dtype)
-    pieces = None
-    if "llm" in parts and (Path(parts["llm"]) / "tokenizer.model").is_file():
-        file = Path(parts["llm"]) / "tokenizer.model"
-        pieces = with_image_pieces(Tokenizer.load(file), model, file)
+    pieces = read_tokenizer(Path(parts["llm"]), None, model) if "llm" in parts else None
     require_room(out, sum(layouts.nbytes(*a) for a in arrays.values()) + (64 << 20), "the run")
 
     run = dataclasses.replace(
@@ -93,7 +90,9 @@ def from_parts(
         if pieces is not None:
             pieces.save(folder / "tokenizer.model")
         rules = [rule for part in read.values() for rule in part.table.rules]
-        writer = PartWriter(folder / "checkpoints", arrays, layouts.stacked(rules), plain_config(run, model))
+        stacked = layouts.stacked(rules)
+        stacked |= {to for part in read.values() for path in stacked for to in part.copies.get(path, ())}
+        writer = PartWriter(folder / "checkpoints", arrays, stacked, plain_config(run, model))
         for part in read.values():
             part.write(writer)
         if empty is not None:
@@ -119,7 +118,7 @@ class _Part:
     """A stock folder with the table that reads it, checked."""
 
     def __init__(self, stock: StockPart, source: Source, ours: Mapping[str, Any], say: Callable):
-        self.source, self.names = source, {}
+        self.source, self.names, self.stock = source, {}, stock
         table = stock.reading
         for name in source.entries:
             canonical = table.canonical(name)
@@ -127,6 +126,9 @@ class _Part:
                 raise CheckpointError(f"{source.where}: {self.names[canonical]} and {name} are one tensor")
             self.names[canonical] = name
         shapes = {name: source.entries[theirs].shape for name, theirs in self.names.items()}
+        for name, prepare in stock.prepare.items():
+            if name in shapes:
+                shapes[name] = prepare(np.zeros(shapes[name], np.float32)).shape
         self.table = self._with_convolutions(table, shapes)
         subset = stock.subset(ours)
         self.table.check(subset)
@@ -139,6 +141,10 @@ class _Part:
             path: (shape, layouts.common_dtype(dtypes.get(path, {path: np.dtype(np.float32)})))
             for path, shape in subset.items()
         }
+        self.copies: dict[str, list[str]] = {}
+        for path, origin in stock.copies.items():
+            self.copies.setdefault(origin, []).append(path)
+            self.arrays[path] = self.arrays[origin]
 
     @staticmethod
     def _with_convolutions(table: Table, shapes: Mapping[str, Any]) -> Table:
@@ -175,13 +181,19 @@ class _Part:
         """Every row, into its place; one tensor at a time."""
         for rule in tqdm(self.table.rules, desc="from-parts", unit=" tensors", disable=None):
             dtype = self.arrays[rule.path][1]
-            array = TURNS[rule.how].ours(self.source.read(self.names[rule.theirs]))
-            writer.write(rule.path, rule.index, layouts.cast(array, dtype, rule.theirs))
+            array = self.source.read(self.names[rule.theirs])
+            if rule.theirs in self.stock.prepare:
+                array = self.stock.prepare[rule.theirs](array)
+            array = layouts.cast(TURNS[rule.how].ours(array), dtype, rule.theirs)
+            for path in (rule.path, *self.copies.get(rule.path, ())):
+                writer.write(path, rule.index, array)
         for row in self.table.fresh:
             path = row.ours.partition("[")[0]
             index, (shape, dtype) = parse_index(row.ours), self.arrays[path]
             of_part = np.broadcast_to(np.zeros((), bool), shape)[index].shape
-            writer.write(path, index, np.asarray(row.value(of_part)).astype(dtype))
+            made = np.asarray(row.value(of_part)).astype(dtype)
+            for to in (path, *self.copies.get(path, ())):
+                writer.write(to, index, made)
 
 
 def empty_prompt(encoder: str | Path, tokenizer: str | Path | None, allow_pickle: bool) -> np.ndarray:

@@ -88,7 +88,7 @@ def from_torch(
     for rule in layout.table.rules:
         dtypes.setdefault(rule.path, {})[rule.theirs] = source.entries[names[rule.theirs]].dtype
     arrays = {p: (layout.ours[p], layouts.common_dtype(found)) for p, found in dtypes.items()}
-    pieces = _tokenizer(folder, tokenizer, layout.model)
+    pieces = read_tokenizer(folder, tokenizer, layout.model)
     require_room(out, sum(layouts.nbytes(*a) for a in arrays.values()) + (64 << 20), "the run")
 
     with new_folder(out) as part:
@@ -191,7 +191,7 @@ def _keep_tokenizer(folder: Path, part: Path) -> None:
             shutil.copyfile(folder / name, kept / name)
 
 
-def _tokenizer(folder: Path, given: str | Path | None, model: Any) -> Tokenizer | None:
+def read_tokenizer(folder: Path, given: str | Path | None, model: Any) -> Tokenizer | None:
     """The run's tokenizer, with the pieces for images that a language model's own lacks."""
     own = ("tokenizer.model",) if hasattr(model.layout, "soi_id") else ("tokenizer.json", "tokenizer.model")
     path = Path(given) if given else next((folder / n for n in own if (folder / n).is_file()), None)

@@ -110,12 +110,10 @@ def _parts(export: "Export", out: Path, part: str, parity: Any, say: Callable[[s
     """Writes one stock part into `out`, or all of them into folders of their names."""
     weights = families.get(export.layout.family).weights
     chosen = weights.PARTS if part == "all" else (part,)
-    if not chosen:
-        raise ConfigError(
-            f"--part=all: no part of a {export.layout.family} model is laid out like a stock class"
-        )
     described = {name: weights.stock_part(name, export.layout.model) for name in chosen}
-    for stock in described.values():
+    for name, stock in described.items():
+        if stock.whole:
+            raise ConfigError(f"--part={part}: {name} cannot be written as a stock folder: {stock.whole}")
         stock.table.check(stock.subset(export.layout.ours))
         export.check(stock.table)
     with new_folder(out) as folder:

@@ -5,7 +5,7 @@ those of the libraries' own files, and ``config.json`` holds what their classes 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ class StockPart:
         config: its config.json; `alike` are the keys that must agree when a stock folder is read, because
             no shape would tell.
         notes: what a user of the export must know.
+        prepare: {tensor: what is done to it when a stock folder is read}, before its rule applies.
+        copies: {path of ours: path of ours that begins with the same numbers}, when a stock folder is read.
+        whole: why the part is read but never written, or "".
     """
 
     title: str
@@ -53,6 +56,9 @@ class StockPart:
     config: dict[str, Any]
     alike: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    prepare: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    whole: str = ""
 
     @property
     def stem(self) -> str:
@@ -163,6 +169,116 @@ def llama(c: Any, *, rows: int | None = None, added: int = 0, head: bool = False
 def _embedding(shape: tuple[int, ...]) -> np.ndarray:
     # As the reference made them: normal of deviation 0.02, here from a seed that is always the same.
     return np.random.default_rng(32000).normal(0, 0.02, shape).astype(np.float32)
+
+
+# --- Qwen2 and SigLIP2 ------------------------------------------------------------------------------
+
+
+def qwen2(c: Any, ours: str, copies: Mapping[str, str], head: bool) -> StockPart:
+    """A Qwen2 as the beginning of both groups of a mixture at `ours`; `c` a MixtureConfig.
+
+    Args:
+        copies: {path of the generation group: of the understanding group it begins as}.
+        head: whether the folder that is read has an ``lm_head``.
+
+    Raises:
+        ConfigError: a mixture that is no Qwen2, or a folder whose head is its embedding.
+    """
+    if not head:
+        raise ConfigError("the language model has no lm_head: its head is its embedding, and ours is its own")
+    _require(
+        "Qwen2",
+        {
+            "mixture.qkv_bias": (c.qkv_bias, True),
+            "mixture.gated_mlp": (c.gated_mlp, True),
+            "mixture.activation": (c.activation, "silu"),
+            "mixture.attention_scale": (c.attention_scale, 1.0),
+        },
+    )
+    group = f"{ours}layers/understanding"
+    rules = [Rule("embed_tokens.weight", "embed/table")]
+    rules += stock.qwen2_layers("", group, c.layers, qk_norm=False)
+    rules.append(Rule("norm.weight", f"{ours}understanding_norm/scale"))
+    rules.append(Rule("lm_head.weight", "head/base/kernel", "linear"))
+    new = "norms of heads are new, and begin as ones"
+    fresh = [Fresh(f"{group}/attention/{n}_norm/scale", np.ones, new) for n in "qk" if c.qk_norm]
+    return StockPart(
+        title="Language model",
+        library="transformers",
+        class_name="Qwen2ForCausalLM",
+        table=Table(
+            rules=tuple(rules),
+            fresh=tuple(fresh),
+            unused=(Unused(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed from the config"),),
+            aliases=((r"^model\.", ""),),
+        ),
+        config={
+            "num_attention_heads": c.heads,
+            "num_key_value_heads": c.kv_heads or c.heads,
+            "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_base,
+            "hidden_act": "silu",
+        },
+        alike=("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act"),
+        copies=copies,
+        whole="it has norms of heads and two sets of weights, which no class of transformers has",
+    )
+
+
+def siglip(c: Any, ours: str, resize: Callable[[int, int], np.ndarray]) -> StockPart:
+    """A SigLIP or SigLIP2 vision model as the encoder at `ours`; `c` a NaViTConfig.
+
+    Its convolution becomes a product with patches by row, column, channel. Its table of positions is resized,
+    each axis by ``resize(source, target)`` [target, source]: how BAGEL's authors did it is not known. Layers
+    beyond ours are left out.
+    """
+    vision = "vision_model."
+
+    def flat(kernel: np.ndarray) -> np.ndarray:
+        return kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1) if kernel.ndim == 4 else kernel
+
+    def resized(table: np.ndarray) -> np.ndarray:
+        side = round(len(table) ** 0.5)
+        if side * side != len(table) or side == c.grid:
+            return table
+        matrix = resize(side, c.grid)
+        grid = table.astype(np.float32).reshape(side, side, -1)
+        found = np.einsum("ih,jw,hwc->ijc", matrix, matrix, grid, optimize=True)
+        return found.reshape(c.grid**2, -1).astype(np.float32)
+
+    rules = [
+        *stock.weight(f"{vision}embeddings.patch_embedding", f"{ours}patch"),
+        Rule(f"{vision}embeddings.position_embedding.weight", f"{ours}position"),
+        *stock.vision_layers(f"{vision}encoder.", ours, c.layers),
+        *stock.norm(f"{vision}post_layernorm", f"{ours}norm"),
+    ]
+    later = "|".join(str(i) for i in range(c.layers, c.layers + 8))
+    return StockPart(
+        title="Vision encoder",
+        library="transformers",
+        class_name="SiglipVisionModel",
+        table=Table(
+            rules=tuple(rules),
+            unused=(
+                Unused(rf"{vision}encoder\.layers\.({later})\..*", "the encoder stops before these layers"),
+                Unused(rf"{vision}head\..*", "nothing is pooled"),
+                Unused(r"text_model\..*|logit_(scale|bias)", "SigLIP's text encoder and its loss"),
+            ),
+            # Newer versions save the vision model alone without a prefix.
+            aliases=((r"^(?=embeddings\.|encoder\.|head\.|post_layernorm\.)", vision),),
+        ),
+        config={
+            "num_attention_heads": c.heads,
+            "layer_norm_eps": c.eps,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        alike=("num_attention_heads", "layer_norm_eps", "hidden_act"),
+        prepare={
+            f"{vision}embeddings.patch_embedding.weight": flat,
+            f"{vision}embeddings.position_embedding.weight": resized,
+        },
+        whole="its patches and positions are not those of the stock class",
+    )
 
 
 # --- CLIP -------------------------------------------------------------------------------------------
@@ -305,6 +421,9 @@ def autoencoder(c: Any, ours: str, side: int) -> StockPart:
             "use_post_quant_conv": c.quant,
         }
         | ({"shift_factor": c.shift} if c.shift else {}),
-        alike=("norm_num_groups", "act_fn", "scaling_factor", "down_block_types"),
+        alike=(
+            *("norm_num_groups", "act_fn", "scaling_factor", "down_block_types"),
+            *(("shift_factor",) if c.shift else ()),
+        ),
         notes=(f"Latents are multiplied by {c.latent_scale} (`scaling_factor`) before they are noised.",),
     )

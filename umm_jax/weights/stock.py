@@ -56,6 +56,28 @@ def llama(theirs: str, ours: str, config: Any) -> Rules:
     yield from norm(f"{theirs}norm", f"{ours}norm", bias=False)
 
 
+# --- Qwen2 ------------------------------------------------------------------------------------------
+
+
+def qwen2_layers(theirs: str, ours: str, count: int, mark: str = "", *, qk_norm: bool = True) -> Rules:
+    """Layers of a Qwen2, with norms of heads or without.
+
+    `mark` stands before the last field of each name, and behind "mlp": BAGEL's second set of weights.
+    """
+    for i in range(count):
+        layer, at = f"{theirs}layers.{i}", f"[{i}]"
+        yield from norm(f"{layer}.input_layernorm{mark}", f"{ours}/attention_norm", index=at, bias=False)
+        for name in "qkvo":
+            to = f"{ours}/attention/{name}"
+            yield from weight(f"{layer}.self_attn.{name}_proj{mark}", to, index=at, bias=name != "o")
+        for name in "qk" if qk_norm else "":
+            to = f"{ours}/attention/{name}_norm"
+            yield from norm(f"{layer}.self_attn.{name}_norm{mark}", to, index=at, bias=False)
+        yield from norm(f"{layer}.post_attention_layernorm{mark}", f"{ours}/mlp_norm", index=at, bias=False)
+        for name in ("gate", "up", "down"):
+            yield from weight(f"{layer}.mlp{mark}.{name}_proj", f"{ours}/mlp/{name}", index=at, bias=False)
+
+
 # --- CLIP -------------------------------------------------------------------------------------------
 
 

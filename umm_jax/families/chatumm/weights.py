@@ -5,22 +5,27 @@ taken off and put on by :data:`FOLDER`.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.families.chatumm.config import ModelConfig
+from umm_jax.families.chatumm.model import build
 from umm_jax.families.chatumm.reference import is_reference, reference_config
 from umm_jax.families.chatumm.reference import release_config as release_config
+from umm_jax.models.layers import Keys
+from umm_jax.models.mot import begun_from
 from umm_jax.models.positions import sincos_1d
+from umm_jax.models.resize import resize_matrix
 from umm_jax.weights import hub, stock
 from umm_jax.weights.table import Constant, Rule, Table
 
 ARCHITECTURE = "BagelForConditionalGeneration"
-# Its language model has norms of heads and two sets of weights: no stock class is like that.
-PARTS: tuple[str, ...] = ()
+PARTS = ("llm", "vit", "vae")  # what a pre-training begins from
 AUTOENCODER = "ae."
 VISION = "vit_model.vision_model."
 
@@ -85,8 +90,25 @@ FOLDER = hub.Folder(
 def stock_part(
     name: str, config: ModelConfig, found: Mapping[str, tuple[int, ...]] | None = None
 ) -> hub.StockPart:
-    """Raises ConfigError: no part of this family is laid out like a stock class."""
-    raise ConfigError(f"{name!r}: no part of a chatumm model is laid out like a stock class of its library")
+    """One of PARTS of a model; `found` are the names and shapes of the stock folder that is read, if one is.
+
+    Raises:
+        ConfigError: that part of this model is not laid out like the stock one.
+    """
+    c = config
+    if name == "llm":
+        paths = nnx.to_flat_state(nnx.split(nnx.eval_shape(lambda: build(c, Keys(0))))[1])
+        copies = begun_from(["/".join(map(str, path)) for path, _ in paths])
+        return hub.qwen2(c.mixture, "mixture/", copies, found is None or "lm_head.weight" in found)
+    if name == "vit":
+        return hub.siglip(c.vision, "vision/", partial(resize_matrix, method="bicubic"))
+    if name == "vae":
+        part = hub.autoencoder(c.autoencoder, "autoencoder/", c.layout.canvas)
+        if found is not None and "encoder.mid.block_1.norm1.weight" in found:
+            # As the autoencoder's own code names its tensors: a file ae.safetensors.
+            part = replace(part, table=Table(rules=tuple(_autoencoder(c, ""))))
+        return part
+    raise ConfigError(f"{name!r} is no part of a chatumm model: {', '.join(PARTS)}")
 
 
 def _require_release_layout(c: ModelConfig) -> None:
@@ -130,37 +152,13 @@ def _rules(c: ModelConfig) -> Iterator[Rule]:
 
 def _mixture(c: ModelConfig) -> Iterator[Rule]:
     """Both groups' layers. The generation group's names have ``_moe_gen`` before the last field."""
+    top = "language_model.model."
     for group, mark in (("understanding", ""), ("generation", "_moe_gen")):
-        for i in range(c.mixture.layers):
-            layer, to, at = f"language_model.model.layers.{i}", f"mixture/layers/{group}", f"[{i}]"
-            yield from stock.norm(
-                f"{layer}.input_layernorm{mark}", f"{to}/attention_norm", index=at, bias=False
-            )
-            for name in "qkvo":
-                yield from stock.weight(
-                    f"{layer}.self_attn.{name}_proj{mark}",
-                    f"{to}/attention/{name}",
-                    index=at,
-                    bias=name != "o",
-                )
-            for name in "qk":
-                yield from stock.norm(
-                    f"{layer}.self_attn.{name}_norm{mark}",
-                    f"{to}/attention/{name}_norm",
-                    index=at,
-                    bias=False,
-                )
-            yield from stock.norm(
-                f"{layer}.post_attention_layernorm{mark}", f"{to}/mlp_norm", index=at, bias=False
-            )
-            for name in ("gate", "up", "down"):
-                yield from stock.weight(
-                    f"{layer}.mlp{mark}.{name}_proj", f"{to}/mlp/{name}", index=at, bias=False
-                )
-        yield from stock.norm(f"language_model.model.norm{mark}", f"mixture/{group}_norm", bias=False)
+        yield from stock.qwen2_layers(top, f"mixture/layers/{group}", c.mixture.layers, mark)
+        yield from stock.norm(f"{top}norm{mark}", f"mixture/{group}_norm", bias=False)
 
 
-def _autoencoder(c: ModelConfig) -> Iterator[Rule]:
+def _autoencoder(c: ModelConfig, prefix: str = AUTOENCODER) -> Iterator[Rule]:
     """The FLUX autoencoder: Stable Diffusion's under the names of the code it came from."""
     config, last = c.autoencoder, len(c.autoencoder.widths) - 1
 
@@ -172,7 +170,7 @@ def _autoencoder(c: ModelConfig) -> Iterator[Rule]:
             yield from stock.weight(f"{block}.nin_shortcut", f"{to}/shortcut", "conv")
 
     for side, count in (("encoder", config.layers_per_block), ("decoder", config.layers_per_block + 1)):
-        theirs, ours = f"{AUTOENCODER}{side}", f"autoencoder/{side}"
+        theirs, ours = f"{prefix}{side}", f"autoencoder/{side}"
         yield from stock.weight(f"{theirs}.conv_in", f"{ours}/conv_in", "conv")
         widths = config.widths if side == "encoder" else config.widths[::-1]
         width = widths[0]
