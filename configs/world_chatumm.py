@@ -57,8 +57,6 @@ def get_config() -> ConfigDict:
             image_loss=dict(block=8, detail=4.0, change=6.0),
         )
     )
-    # Dialogues that go back: "undo", "go back to the first picture".
-    config.world.overrides.picture_ops = dict(edit=0.58, draw=0.16, upload=0.1, undo=0.16)
     config.data = ConfigDict(
         dict(tokens=144, images=3, axes=dict(latents=216, patches=27), packing="none", batch_size=12)
     )
