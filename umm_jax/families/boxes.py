@@ -1,4 +1,4 @@
-"""Boxes in a text: how families that write them in words spell them, and how they are found again.
+"""Words and boxes: how families that write boxes in words spell them, and how they are found again.
 
 ``loc`` writes a box as four location pieces of the tokenizer between two tags, ``text`` as "(x1,y1)(x2,y2)"
 in thousandths between the same tags, which are spelt in letters where the tokenizer has no pieces for them.
@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from umm_jax.conversation import Box, Part, Text
-from umm_jax.errors import ConfigError
+from umm_jax.conversation import Box, Conversation, Part, TaskCall, Text
+from umm_jax.errors import ConfigError, DataError
 
 BoxFormat = Literal["loc", "text"]
 SPELT_BOX = re.compile(r"<box>\s*\((\d{3}),(\d{3})\)\((\d{3}),(\d{3})\)\s*</box>")
@@ -49,6 +49,22 @@ class Boxes:
             return [self.tags[0], *self.tokenizer.encode(corners), self.tags[1]]
         bins = [self.locs[round(v * self.bins)] for v in box.xyxy]
         return [self.tags[0], *bins, self.tags[1]]
+
+    def words(self, conversation: Conversation, turn: int, part: Part, family: str) -> list[int]:
+        """Ids of a part that is no picture.
+
+        Raises:
+            DataError: neither a text nor a box; names the record, the turn and the `family`.
+        """
+        if isinstance(part, Text):
+            return self.tokenizer.encode(part.text)
+        if isinstance(part, Box):
+            return self.encode(part)
+        kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
+        raise DataError(
+            f"record {conversation.id}, turn {turn}: the {family} family cannot express {kind}; "
+            "train another family on this data, or remove these parts"
+        )
 
     def parts(self, ids: Sequence[int], last_image: str | None) -> list[Part]:
         """Text and boxes of a run of ids. A malformed box stays text.

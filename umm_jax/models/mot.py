@@ -14,7 +14,6 @@ shapes stay fixed: each group has its own budget in a row. Where a token stands 
 position and by the mask, not by where it lies.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,9 +154,3 @@ def begun_from(params: Sequence[str]) -> dict[str, str]:
     """
     pairs = {path: path.replace("generation", "understanding") for path in params if "generation" in path}
     return {path: origin for path, origin in pairs.items() if origin in set(params)}
-
-
-def plain(config: MixtureConfig) -> BackboneConfig:
-    """The language model one group is."""
-    names = [f.name for f in dataclasses.fields(BackboneConfig)]
-    return BackboneConfig(**{name: getattr(config, name) for name in names})

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from umm_jax.config import from_dict
-from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text, Turn
+from umm_jax.conversation import Conversation, Image, Mask, Part, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
 from umm_jax.families.chatumm import pictures
@@ -254,18 +254,6 @@ class Serializer:
         }
         return {i for i in dropped if segments[i][0].droppable}
 
-    def words(self, conversation: Conversation, turn: int, part: Part) -> list[int]:
-        """Ids of a part that is no picture. Raises DataError for what the family cannot express."""
-        if isinstance(part, Text):
-            return self.tokenizer.encode(part.text)
-        if isinstance(part, Box):
-            return self.boxes.encode(part)
-        kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
-        raise DataError(
-            f"record {conversation.id}, turn {turn}: the chatumm family cannot express {kind}; train another "
-            "family on this data, or remove these parts"
-        )
-
     def never_written(self, vocab: int) -> np.ndarray:
         """True for the ids that are never words: bool [vocab]. Structure, padding, and what has no piece.
 
@@ -326,7 +314,7 @@ class _Plan:
             if not drawn:
                 ids = [] if c.roles == "none" or writes and turn.role == "document" else self._role(turn)
                 for part in parts:
-                    ids += self.serializer.words(self.conversation, index, part)
+                    ids += self.serializer.boxes.words(self.conversation, index, part, "chatumm")
                 self._add(index, Segment("text", tuple(ids), learned=learned, label=label, droppable=free))
                 continue
             picture = self._picture(parts[0], learned)

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from umm_jax.config import from_dict
-from umm_jax.conversation import Box, Conversation, Image, Mask, Part, TaskCall, Text, Turn
+from umm_jax.conversation import Conversation, Image, Mask, Part, Text, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
 from umm_jax.stream import Feature, Stream, StreamSpec
@@ -163,7 +163,7 @@ class Serializer:
                 if isinstance(part, (Image, Mask)):
                     line.show(self._picture(conversation, part), loss, soi_loss=loss)
                 else:
-                    line.put(self._words(conversation, index, part), loss)
+                    line.put(self.boxes.words(conversation, index, part, "mm_interleaved"), loss)
             line.put([self.end], loss)
         if reply:
             line.put(self.prefix["assistant"], False)
@@ -185,7 +185,7 @@ class Serializer:
                 line.put(self.tokenizer.encode(text.rstrip() if image_after else text), turn.loss)
             else:
                 for part in parts:
-                    line.put(self._words(conversation, 0, part), turn.loss)
+                    line.put(self.boxes.words(conversation, 0, part, "mm_interleaved"), turn.loss)
 
     def _stream(self, line: "_Line", conversation: Conversation) -> Stream:
         if self.most_images is not None and len(line.pictures) > self.most_images:
@@ -217,17 +217,6 @@ class Serializer:
             return conversation.images[part.ref].array()
         # A mask is shown, and answered, as a picture: white where it is set. The family has no mask head.
         return np.repeat(part.array().astype(np.uint8)[..., None] * 255, 3, axis=-1)
-
-    def _words(self, conversation: Conversation, turn: int, part: Part) -> list[int]:
-        if isinstance(part, Text):
-            return self.tokenizer.encode(part.text)
-        if isinstance(part, Box):
-            return self.boxes.encode(part)
-        kind = "task calls" if isinstance(part, TaskCall) else type(part).__name__
-        raise DataError(
-            f"record {conversation.id}, turn {turn}: the mm_interleaved family cannot express {kind}; "
-            "train another family on this data, or remove these parts"
-        )
 
     def never_written(self, vocab: int) -> np.ndarray:
         """True for the ids a reply cannot contain: bool [vocab]. They open turns, pad, or stand for nothing.
