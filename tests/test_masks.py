@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umm_jax.models import attention, blockwise
+from umm_jax.models import attention, blockwise, gathered
 from umm_jax.models.attention import attend
 from umm_jax.models.masks import (
     CAUSAL,
@@ -90,13 +90,24 @@ def test_blocks_that_do_not_divide_are_refused():
         block_table(one, one, 7, 20)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Several blocks along both sides, on a CPU too."""
-    monkeypatch.setattr(blockwise, "QUERIES", 16)
-    monkeypatch.setattr(blockwise, "KEYS", 24)
+@pytest.fixture(params=["gathered", "blockwise"])
+def schedule(request, monkeypatch):
+    """Either way to attend under a mask that is never made whole, whatever the platform."""
     monkeypatch.setattr(attention, "KEPT", 0)
-    monkeypatch.setattr(attention, "DENSE", 0)
+    monkeypatch.setattr(attention, "LONG", 0)
+    if request.param == "blockwise":
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(gathered, name, getattr(blockwise, name))
+    return request.param
+
+
+@pytest.fixture
+def small_blocks(schedule, monkeypatch):
+    """Several blocks along both sides."""
+    for module in (blockwise, gathered):
+        monkeypatch.setattr(module, "QUERIES", 16)
+        monkeypatch.setattr(module, "KEYS", 24 if module is blockwise else 8)
+    monkeypatch.setattr(gathered, "SCORES", 1)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
@@ -130,10 +141,7 @@ def test_attention_in_blocks_is_attention(small_blocks, heads, kv_heads):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=5e-6)
 
 
-def test_memory_of_attention_grows_with_the_tokens_not_their_square(monkeypatch):
-    monkeypatch.setattr(attention, "KEPT", 0)
-    monkeypatch.setattr(attention, "DENSE", 0)
-
+def test_memory_of_attention_grows_with_the_tokens_not_their_square(schedule):
     def temporaries(tokens: int) -> int:
         arrays = [jax.ShapeDtypeStruct((1, tokens, 1, 8), jnp.float32)] * 3
         one = MaskSpec(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 4)

@@ -3,22 +3,22 @@
 For each block of queries the blocks of keys are walked once, with a running maximum and sum (FlashAttention,
 arXiv 2205.14135): memory grows with the number of tokens, not with its square. Blocks that nobody reads are
 passed over, which for a causal stream is half of them, and for packed samples most. The backward pass makes
-the scores again from queries, keys and one number per query. Plain XLA, for every platform.
+the scores again from queries, keys and one number per query. Plain XLA, for accelerators; for
+a CPU see ``gathered.py``.
 
 Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H]. :func:`forward` and :func:`backward`
 are the two sides of ``attention.attend``, which is where they are put together.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, block_table, visible
+from umm_jax.models.scores import MASKED, cut, joined
 
-MASKED = -1e30
 QUERIES, KEYS = 512, 1024  # of a block, at most
 
 
@@ -33,42 +33,22 @@ class _Blocks(NamedTuple):
     table: jax.Array
 
 
-def _sizes(heads: int, t: int, s: int, most: int | None) -> tuple[int, int]:
-    """Sides of a block: no more than there are tokens, and than `most` scores of all heads."""
-    t, s = (min(size, -(-n // 8) * 8) for size, n in ((QUERIES, t), (KEYS, s)))
-    while most is not None and heads * t * s > most and max(t, s) > 64:
-        t, s = (t, -(-s // 16) * 8) if s > t else (-(-t // 16) * 8, s)
-    return t, s
+def _size(most: int, count: int) -> int:
+    """Side of a block: no more than there are tokens."""
+    return min(most, -(-count // 8) * 8)
 
 
-def _cut(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Pads `axis` to a multiple of `size` and brings blocks of it to the front."""
-    n = x.shape[axis]
-    count = -(-n // size)
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, count * size - n)
-    x = jnp.pad(x, pad)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
-
-
-def _joined(x: jax.Array, axis: int, n: int) -> jax.Array:
-    """The inverse of :func:`_cut`, back to `n`."""
-    x = jnp.moveaxis(x, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(x, 0, n, axis=axis)
-
-
-def _blocks(q, k, v, of_q: MaskSpec, of_k: MaskSpec, most: int | None) -> _Blocks:
-    t, s = _sizes(math.prod(q.shape[:3]), q.shape[3], k.shape[2], most)
-    masks_q, masks_k = MaskSpec(*(_cut(a, t, 1) for a in of_q)), MaskSpec(*(_cut(a, s, 1) for a in of_k))
+def _blocks(q, k, v, of_q: MaskSpec, of_k: MaskSpec) -> _Blocks:
+    t, s = _size(QUERIES, q.shape[3]), _size(KEYS, k.shape[2])
+    masks_q, masks_k = MaskSpec(*(cut(a, t, 1) for a in of_q)), MaskSpec(*(cut(a, s, 1) for a in of_k))
     flat = lambda spec: MaskSpec(*(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a in spec))  # noqa: E731
     table = block_table(flat(masks_q), flat(masks_k), t, s)
     # One decision for all rows: nothing to do if no row has anything, no mask if no row needs one.
     every = jnp.where(jnp.all(table == WHOLE, 0), WHOLE, MIXED)
     return _Blocks(
-        _cut(q, t, 3),
-        _cut(k, s, 2),
-        _cut(v, s, 2),
+        cut(q, t, 3),
+        cut(k, s, 2),
+        cut(v, s, 2),
         masks_q,
         masks_k,
         jnp.where(jnp.all(table == EMPTY, 0), EMPTY, every),
@@ -87,14 +67,14 @@ def _scores(q, k, of_q, of_k, scale, masked: bool):
     return jnp.where(allowed[:, None, None], scores, MASKED)
 
 
-def forward(q, k, v, of_q: MaskSpec, of_k: MaskSpec, scale: float, most: int | None = None):
-    """Attends; `most` bounds the scores of a block.
+def forward(q, k, v, mask: tuple[MaskSpec, MaskSpec], scale: float):
+    """Attends under a mask of (queries, keys).
 
     Returns:
         the result [B, K, G, T, H], zeros where a query reads nothing, and the logarithm of the sum of
         exponentials [B, K, G, T, 1], 0 there.
     """
-    blocks = _blocks(q, k, v, of_q, of_k, most)
+    blocks = _blocks(q, k, v, *mask)
 
     def one(x):
         q, of_q, row = x
@@ -129,15 +109,15 @@ def forward(q, k, v, of_q: MaskSpec, of_k: MaskSpec, scale: float, most: int | N
 
     out, total = jax.lax.map(one, (blocks.q, blocks.of_q, blocks.table))
     n = q.shape[3]
-    return _joined(out, 3, n), _joined(total, 3, n)
+    return joined(out, 3, n), joined(total, 3, n)
 
 
-def backward(q, k, v, of_q, of_k, out, total, grad, scale: float, most: int | None = None):
+def backward(q, k, v, mask: tuple[MaskSpec, MaskSpec], out, total, grad, scale: float):
     """Gradients of q, k and v: for each block of keys, the blocks of queries are walked."""
-    blocks = _blocks(q, k, v, of_q, of_k, most)
+    blocks = _blocks(q, k, v, *mask)
     t = blocks.q.shape[-2]
     given = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
-    by_query = (blocks.q, blocks.of_q, _cut(grad, t, 3), _cut(total, t, 3), _cut(given, t, 3))
+    by_query = (blocks.q, blocks.of_q, cut(grad, t, 3), cut(total, t, 3), cut(given, t, 3))
 
     def add(sums, number, of_queries, of_keys, masked):
         dq_all, dk, dv = sums
@@ -171,5 +151,5 @@ def backward(q, k, v, of_q, of_k, out, total, grad, scale: float, most: int | No
 
     start = jnp.zeros(blocks.q.shape, jnp.float32)
     dq, (dk, dv) = jax.lax.scan(walk, start, (blocks.table.T, blocks.k, blocks.v, blocks.of_k))
-    dq = _joined(dq, 3, q.shape[3]).astype(q.dtype)
-    return dq, _joined(dk, 2, k.shape[2]).astype(k.dtype), _joined(dv, 2, v.shape[2]).astype(v.dtype)
+    dq = joined(dq, 3, q.shape[3]).astype(q.dtype)
+    return dq, joined(dk, 2, k.shape[2]).astype(k.dtype), joined(dv, 2, v.shape[2]).astype(v.dtype)

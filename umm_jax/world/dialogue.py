@@ -46,7 +46,7 @@ class Sampler(Chooser):
                 talk.upload(self.world.holdout.sample(rng, split))
             case "undo":
                 older = [i for i, p in enumerate(state.pictures) if p.scene != state.scene]
-                if older and rng.random() < 0.3:
+                if older and rng.random() < self.config.undo_named:
                     to = rng.choice(older)
                     return talk.undo(to, rng.choice(talk.names(to)))
                 return talk.undo()

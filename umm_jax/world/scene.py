@@ -92,6 +92,7 @@ class WorldConfig:
         talk: least and most exchanges without a picture after each picture.
         picture_ops, talk_ops, questions, edits: relative weights.
         it: how often an edit says "it" where that is defined.
+        undo_named: how often an undo names the picture to go back to, rather than saying "undo that".
         occupied: how often a question about a position names an occupied one.
         hard_negatives: how often "is there a" with answer no names two attributes that are both present.
         present: how often "how many" names an attribute that is present.
@@ -136,6 +137,7 @@ class WorldConfig:
         hash=False,
     )
     it: float = 0.25
+    undo_named: float = 0.3
     occupied: float = 0.85
     hard_negatives: float = 0.7
     present: float = 0.75
