@@ -113,7 +113,7 @@ def times(s, t):
 
 
 def decoder_layer(s, i, x, und, gen, rope, allowed):
-    """(attention's output, the layer's)."""
+    """(attention's output, the layer's, its keys and values [T, KV, H])."""
     c = SIZES["llm"]
     heads, kv, eps = c["num_attention_heads"], c["num_key_value_heads"], c["rms_norm_eps"]
     head, layer = x.shape[1] // heads, f"language_model.model.layers.{i}"
@@ -131,7 +131,7 @@ def decoder_layer(s, i, x, und, gen, rope, allowed):
             y = linear(s, f"{layer}.self_attn.{name}_proj{mark}", y).view(len(at), count, head)
             if name != "v":
                 y = rms(y, s[f"{layer}.self_attn.{name}_norm{mark}.weight"], eps)
-            return y.reshape(len(at), -1)
+            return y.reshape(len(at), count * head)
 
         return routed(count * head, f).view(len(x), count, head)
 
@@ -140,6 +140,7 @@ def decoder_layer(s, i, x, und, gen, rope, allowed):
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     turn = lambda y: torch.cat([-y[..., head // 2 :], y[..., : head // 2]], dim=-1)  # noqa: E731
     q, k = (y * angles.cos() + turn(y) * angles.sin() for y in (q, k))
+    kept = k, v
     k, v = (y.repeat_interleave(heads // kv, dim=1) for y in (k, v))
     scores = torch.einsum("qnh,knh->nqk", q, k) / head**0.5
     mixed = torch.softmax(scores.masked_fill(~allowed, -1e30), dim=-1)
@@ -152,7 +153,14 @@ def decoder_layer(s, i, x, und, gen, rope, allowed):
         gate, up = (linear(s, f"{layer}.mlp{mark}.{n}_proj", y) for n in ("gate", "up"))
         return linear(s, f"{layer}.mlp{mark}.down_proj", F.silu(gate) * up)
 
-    return attended, x + routed(x.shape[1], mlp)
+    return attended, x + routed(x.shape[1], mlp), kept
+
+
+def last_norm(s, x, und, gen):
+    final, eps = torch.zeros_like(x), SIZES["llm"]["rms_norm_eps"]
+    for at, mark in ((und, ""), (gen, "_moe_gen")):
+        final = final.index_copy(0, at, rms(x[at], s[f"language_model.model.norm{mark}.weight"], eps))
+    return final
 
 
 def plans(rng):
@@ -174,8 +182,184 @@ def plans(rng):
     ]
 
 
+class Stream:
+    """What a reply has read. Every pass computes all of it again: there is no cache to go wrong."""
+
+    def __init__(self, s):
+        self.s, self.pieces, self.rope = s, [], 0
+
+    def copy(self) -> "Stream":
+        other = Stream(self.s)
+        other.pieces, other.rope = list(self.pieces), self.rope
+        return other
+
+    def embedded(self, ids) -> torch.Tensor:
+        return self.s["language_model.model.embed_tokens.weight"][torch.as_tensor(ids).long()]
+
+    def text(self, ids, end: bool = True) -> None:
+        ids = [IDS.start, *ids, *([IDS.end] if end else [])]
+        rope = self.rope + torch.arange(len(ids))
+        self.pieces.append((self.embedded(ids), torch.zeros(len(ids), dtype=torch.bool), rope, False))
+        self.rope += len(ids)
+
+    def image(self, x, drawn: bool) -> None:
+        """Tokens x between their brackets; `drawn` ones are latents."""
+        x = torch.cat([self.embedded([IDS.vision_start]), x, self.embedded([IDS.vision_end])])
+        group = torch.zeros(len(x), dtype=torch.bool)
+        group[1:-1] = drawn
+        self.pieces.append((x, group, torch.full((len(x),), self.rope), True))
+        self.rope += 1
+
+    def latents(self, z, cells, t: float) -> None:
+        place = torch.tensor([row * GRIDS.latent + c for row in range(cells[0]) for c in range(cells[1])])
+        time = times(self.s, torch.full((1,), t))[1]
+        x = linear(self.s, "vae2llm", z) + time + self.s["latent_pos_embed.pos_embed"][place]
+        self.image(x, drawn=True)
+
+    def seen(self, picture) -> None:
+        """A picture [3, h, w] for the encoder."""
+        p = SIZES["vit"]["patch_size"]
+        rows, columns = picture.shape[1] // p, picture.shape[2] // p
+        patches = picture.reshape(3, rows, p, columns, p).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+        place = torch.tensor([row * GRIDS.vision + c for row in range(rows) for c in range(columns)])
+        self.image(vision(self.s, patches, place, [len(patches)]), drawn=False)
+
+    def run(self):
+        """(hidden states after the last norm [T, D], keys and values by layer)."""
+        x, group, rope = (torch.cat([piece[i] for piece in self.pieces]) for i in range(3))
+        split = torch.cat([torch.full((len(piece[0]),), i) for i, piece in enumerate(self.pieces)])
+        full = torch.tensor([piece[3] for piece in self.pieces])[split]
+        order = torch.arange(len(x))
+        allowed = (order[:, None] >= order) | ((split[:, None] == split) & full[:, None])
+        und, gen = torch.where(~group)[0], torch.where(group)[0]
+        kept = []
+        for i in range(SIZES["llm"]["num_hidden_layers"]):
+            _, x, pair = decoder_layer(self.s, i, x, und, gen, rope.float(), allowed)
+            kept.append(pair)
+        return last_norm(self.s, x, und, gen), kept
+
+    def velocity(self, z, cells, t: float) -> torch.Tensor:
+        there = self.copy()
+        there.latents(z, cells, t)
+        return linear(self.s, "llm2vae", there.run()[0][-len(z) - 1 : -1])
+
+
+COMMON = dict(
+    num_timesteps=5, timestep_shift=2.0, cfg_renorm_min=0.0, cfg_renorm_type="global", cfg_interval=[0.0, 1.0]
+)
+CASES = {
+    name: COMMON | dict(cfg_text_scale=text, cfg_img_scale=image) | more
+    for name, text, image, more in (
+        ("no_cfg", 1.0, 1.0, {}),
+        ("text_global", 3.0, 1.0, {}),
+        ("text_img_global_interval", 3.0, 1.7, dict(cfg_interval=[0.5, 1.0], num_timesteps=7)),
+        ("text_img_channel", 3.0, 1.7, dict(cfg_renorm_type="channel")),
+        ("text_img_text_channel", 5.0, 1.4, dict(cfg_renorm_type="text_channel", timestep_shift=4.0)),
+        ("text_img_global_min", 4.0, 1.7, dict(cfg_renorm_min=0.6)),
+        ("img_only_scale_is_ignored", 1.0, 2.5, {}),
+    )
+}
+
+
+def guided(case, v, text_free, image_free):
+    """The velocity that is followed, and what of the branches went into it."""
+    a, b = case["cfg_text_scale"], case["cfg_img_scale"]
+    if a <= 1:
+        return v
+    length = lambda x, by_token: x.norm(dim=-1, keepdim=True) if by_token else x.norm()  # noqa: E731
+
+    def held(x, by_token):
+        ratio = length(v, by_token) / (length(x, by_token) + 1e-8)
+        return x * ratio.clamp(case["cfg_renorm_min"], 1.0)
+
+    kind = case["cfg_renorm_type"]
+    by_text = text_free + a * (v - text_free)
+    if kind == "text_channel":
+        by_text = held(by_text, True)
+    found = image_free + b * (by_text - image_free) if b > 1 else by_text
+    return found if kind == "text_channel" else held(found, kind == "channel")
+
+
+def sampled(case, streams, noise, cells) -> dict[str, torch.Tensor]:
+    """All that a fixture records of one setting."""
+    t = torch.linspace(1, 0, case["num_timesteps"])
+    t = case["timestep_shift"] * t / (1 + (case["timestep_shift"] - 1) * t)
+    low, high = case["cfg_interval"]
+    names = ("v_cond", "v_text_uncond", "v_img_uncond")
+    noted: dict[str, list] = {name: [] for name in (*names, "x_t", "v_t")}
+    x = noise
+    for now, then in zip(t[:-1], t[1:]):
+        parts = [stream.velocity(x, cells, float(now)) for stream in streams]
+        v = guided(case, *parts) if low < now <= high else parts[0]
+        for name, value in zip((*names, "x_t", "v_t"), (*parts, x, v)):
+            noted[name].append(value)
+        x = x - v * (now - then)
+    return {name: torch.stack(values) for name, values in noted.items()} | {"t": t[:-1], "final": x}
+
+
+def sampling(s, model, rng) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of sampling.safetensors and what fixture.json says of them; `model` is ours, for latents."""
+    draw = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=torch.float32)  # noqa: E731
+    words = lambda n: torch.tensor(rng.integers(0, 100, n))  # noqa: E731
+    p, z_size = SIZES["latent_patch_size"], SIZES["vae"]["z_channels"]
+    cells = (2, 4)
+    t = {"text0": words(5), "text1": words(7), "text2": words(4), "init_noise": draw(cells[0] * cells[1], 27)}
+    for name, (h, w), seen in (("image", (18, 12), (12, 18)), ("turn2_image", (12, 24), (24, 12))):
+        t |= {f"{name}_vae": draw(3, h, w).tanh(), f"{name}_vae_eps": draw(1, z_size, h // 2, w // 2)}
+        t[f"{name}_vit"] = draw(3, *seen).tanh()
+
+    def show(stream, name):
+        picture, noise = t[f"{name}_vae"].numpy(), t[f"{name}_vae_eps"].numpy()
+        size = np.array([[picture.shape[1:]]])
+        z = model.latents(fixtures.nhwc(picture)[None, None], size, fixtures.nhwc(noise)[None])
+        z = torch.tensor(fixtures.nchw(z[0, 0]))
+        rows, columns = z.shape[1] // p, z.shape[2] // p
+        tokens = z.reshape(z_size, rows, p, columns, p).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+        stream.latents(tokens, (rows, columns), 0.0)
+        stream.seen(t[f"{name}_vit"])
+
+    main, no_image = Stream(s), Stream(s)
+    main.text(t["text0"].tolist())
+    show(main, "image")
+    no_text = main.copy()
+    main.text(t["text1"].tolist())
+    for name in ("text0", "text1"):
+        no_image.text(t[name].tolist())
+    streams = {"main": main, "cfg_text": no_text, "cfg_img": no_image}
+    for name, case in CASES.items():
+        found = sampled(case, list(streams.values()), t["init_noise"], cells)
+        t |= {f"{name}.{key}": value for key, value in found.items()}
+    z = t["text_img_global_interval.final"].reshape(*cells, p, p, z_size).permute(4, 0, 2, 1, 3)
+    t["decoded_latent"] = z.reshape(1, z_size, cells[0] * p, cells[1] * p)
+    raw = fixtures.nchw(model.autoencoder.decode(fixtures.nhwc(t["decoded_latent"].numpy())))
+    t["decoded_image_raw"] = torch.tensor(np.array(raw))
+    levels = (t["decoded_image_raw"][0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1) * 255
+    t["decoded_image_uint8"] = levels.to(torch.uint8)
+    t["latent_position_ids"] = torch.tensor(
+        [r * GRIDS.latent + c for r in range(cells[0]) for c in range(cells[1])]
+    )
+
+    second = streams["turn2"] = main.copy()
+    show(second, "turn2_image")
+    second.text(t["text2"].tolist())
+    contexts = {}
+    for name, stream in streams.items():
+        _, kept = stream.run()
+        contexts[name] = {"kv_len": [len(kept[0][0])], "next_rope": [stream.rope]}
+        t |= {f"kv.{name}.{part}.{i}": a for i, pair in enumerate(kept) for part, a in zip("kv", pair)}
+    ids, logits = [], []
+    for _ in range(6):
+        said = second.copy()
+        said.text(ids, end=False)
+        logits.append(linear(s, "language_model.lm_head", said.run()[0][-1]))
+        ids.append(int(logits[-1].argmax()))
+    t |= {"turn2_text_ids": torch.tensor([IDS.start, *ids[:-1]]), "turn2_text_logits": torch.stack(logits)}
+    hw = [n * SIZES["latent_patch_size"] * 2 for n in cells]
+    return t, {"contexts": contexts, "image_hw": hw, "cases": CASES}
+
+
 def write(folder: Path, seed: int = 0) -> None:
-    """The folder: state dicts, fixture.json, mot_layer, train_forward and grads."""
+    """The folder: state dicts, fixture.json, mot_layer, train_forward, grads and sampling."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     arrays, config = state(rng)
@@ -223,7 +407,8 @@ def write(folder: Path, seed: int = 0) -> None:
 
     # The autoencoder's latents are our own code's; all that follows is not.
     reference = fixtures.Reference(folder, described)
-    ours = reference.merged(reference.params).latents(
+    model = reference.merged(reference.params)
+    ours = model.latents(
         fixtures.nhwc(pictures)[None], np.zeros((1, 4, 2), int), fixtures.nhwc(t["vae_eps"])[None]
     )
     t["padded_latent"] = fixtures.nchw(ours[0])
@@ -261,15 +446,11 @@ def write(folder: Path, seed: int = 0) -> None:
         "noised_latent": noisy,
     }
     for i in range(config["llm"]["num_hidden_layers"]):
-        attended, y = decoder_layer(s, i, x, und, gen, rope, allowed)
+        attended, y, _ = decoder_layer(s, i, x, und, gen, rope, allowed)
         if i == 0:
             first = {"x": x, "y": y, "attn_out": attended, "und_indexes": und, "gen_indexes": gen}
         x = t[f"layer_out.{i}"] = y
-    eps = config["llm"]["rms_norm_eps"]
-    final = torch.zeros_like(x)
-    for at, mark in ((und, ""), (gen, "_moe_gen")):
-        final = final.index_copy(0, at, rms(x[at], s[f"language_model.model.norm{mark}.weight"], eps))
-    t["final_hidden"] = final
+    final = t["final_hidden"] = last_norm(s, x, und, gen)
     t["logits"] = linear(s, "language_model.lm_head", final[index["ce_loss_indexes"]])
     t["velocity"] = linear(s, "llm2vae", final[index["mse_loss_indexes"]])
     t["ce"] = F.cross_entropy(t["logits"], index["packed_label_ids"], reduction="none")
@@ -286,7 +467,14 @@ def write(folder: Path, seed: int = 0) -> None:
         "packed_position_ids": t["packed_position_ids"],
         "attention_allowed": t["attention_allowed"],
     }
-    for name, part in (("train_forward", t), ("grads", grads), ("mot_layer", layer)):
+    with torch.no_grad():
+        drawn, described["sampling"] = sampling(s, model, rng)
+    for name, part in (
+        ("train_forward", t),
+        ("grads", grads),
+        ("mot_layer", layer),
+        ("sampling", drawn),
+    ):
         plain = {k: v.detach().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in part.items()}
         save_file({k: np.ascontiguousarray(v) for k, v in plain.items()}, folder / f"{name}.safetensors")
     norms: dict = {}
