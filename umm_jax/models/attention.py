@@ -112,7 +112,10 @@ def _remade(q, k, v, mask, scale):
 
 def _remade_forward(q, k, v, mask, scale):
     cpu, default = (functools.partial(way.forward, scale=scale) for way in _ways(mask))
-    out, total = jax.lax.platform_dependent(q, k, v, mask, cpu=cpu, default=default)
+    # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
+    # same in all of them, and would make and keep the masks of all blocks.
+    tied, _ = jax.lax.optimization_barrier((mask, q))
+    out, total = jax.lax.platform_dependent(q, k, v, tied, cpu=cpu, default=default)
     return out, (q, k, v, mask, out, total)
 
 
