@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.attention import MASKED, attend, merge_heads, split_heads
+from umm_jax.models.attention import attend, merge_heads, split_heads
 from umm_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -30,6 +30,7 @@ from umm_jax.models.layers import (
     scan,
     stack,
 )
+from umm_jax.models.scores import MASKED
 
 
 @dataclass(frozen=True)
