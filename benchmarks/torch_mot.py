@@ -63,7 +63,9 @@ class Layer(nn.Module):
             v = v.index_copy(0, at, expert.v(y).view(-1, c.KV, head))
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if x.is_cuda:  # enable_gqa would take the way that writes all scores to memory
+            k, v = (a.repeat_interleave(c.HEADS // c.KV, dim=1) for a in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=not x.is_cuda)
         out = out[0].transpose(0, 1).reshape(len(x), -1)
         attended = torch.empty_like(x)
         for expert, at in zip(self.experts, groups):

@@ -14,7 +14,7 @@ Axis types are Auto: the compiler spreads the shardings of arguments and of :fun
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def on_each_device(function: Callable, arrays: Any, axes: Any, out: Any, out_axes: Any) -> Any:
+    """function(*arrays), run by each device on its own part: for what the compiler cannot split itself.
+
+    Args:
+        function: needs nothing of the parts of other devices; what it returns is as large as its part.
+        arrays, axes: its arguments, and the names of their dimensions in the same structure, a tuple each.
+        out, out_axes: shapes of the whole results (anything with a `shape`), and their names.
+
+    Outside :func:`use`, or on one device, this is a plain call.
+    """
+    mesh = _MESH.get()
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    specs = lambda names, whole: jax.tree.map(  # noqa: E731
+        lambda x, n: spec(n, x.shape, mesh), whole, names
+    )
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs(axes, arrays), out_specs=specs(out_axes, out), check_vma=False
+    )(*arrays)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,11 +6,12 @@ H head width.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from umm_jax.models import blockwise, gathered, scores
+from umm_jax.models import attention_pallas, blockwise, gathered, scores
 from umm_jax.models.masks import MaskSpec, dense
 from umm_jax.models.scores import cut, joined
 
@@ -111,24 +112,25 @@ def _remade(q, k, v, mask, scale):
 
 
 def _remade_forward(q, k, v, mask, scale):
-    cpu, default = (functools.partial(way.forward, scale=scale) for way in _ways(mask))
+    ways = {name: functools.partial(way.forward, scale=scale) for name, way in _ways(mask).items()}
     # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
     # same in all of them, and would make and keep the masks of all blocks.
     tied, _ = jax.lax.optimization_barrier((mask, q))
-    out, total = jax.lax.platform_dependent(q, k, v, tied, cpu=cpu, default=default)
+    out, total = jax.lax.platform_dependent(q, k, v, tied, **ways)
     return out, (q, k, v, mask, out, total)
 
 
 def _remade_backward(scale, saved, grad):
-    cpu, default = (functools.partial(way.backward, scale=scale) for way in _ways(saved[3]))
-    return *jax.lax.platform_dependent(*saved, grad, cpu=cpu, default=default), None
+    ways = {name: functools.partial(way.backward, scale=scale) for name, way in _ways(saved[3]).items()}
+    return *jax.lax.platform_dependent(*saved, grad, **ways), None
 
 
-def _ways(mask):
-    """What has a `forward` and a `backward`, for a CPU and for what is not one."""
+def _ways(mask) -> dict[str, Any]:
+    """What has a `forward` and a `backward`, by platform."""
     if not isinstance(mask, tuple):
-        return _InBlocks, scores
-    return gathered if mask[1].sample.shape[1] >= LONG else _InBlocks, blockwise
+        return {"cpu": _InBlocks, "default": scores}
+    cpu = gathered if mask[1].sample.shape[1] >= LONG else _InBlocks
+    return {"cpu": cpu, "cuda": attention_pallas, "default": blockwise}
 
 
 _remade.defvjp(_remade_forward, _remade_backward)
