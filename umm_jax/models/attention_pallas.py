@@ -3,7 +3,7 @@
 Plain XLA writes the scores of every block to memory and reads them again, and asks the host before it passes
 over a block. Here a program of the grid owns a block of queries (forward, and for their gradient) or of keys
 (for the gradients of keys and values) of one head; it walks the list of blocks that :func:`masks.block_table`
-leaves in, first those that are read whole, for which it makes no mask, and holds what it adds up in registers.
+leaves in, first those that are read whole, for which it makes no mask, and keeps its sums in registers.
 
 Pallas, through Triton. On anything but a GPU the kernels run in Pallas' interpreter: right, and very slow.
 
@@ -12,6 +12,8 @@ Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H]; inside,
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,19 @@ from umm_jax import sharding
 from umm_jax.models.masks import EMPTY, WHOLE, MaskSpec, block_table, visible
 from umm_jax.models.scores import MASKED
 
-QUERIES, KEYS = 64, 64  # of a block
-WARPS, STAGES = 4, 2
+
+class Blocks(NamedTuple):
+    """Queries and keys of a block, and what Triton is told: warps of a program, loads under way."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+# By bytes of a number.
+FORWARD = {4: Blocks(32, 64), 2: Blocks(64, 64)}
+BACKWARD = {4: Blocks(64, 32), 2: Blocks(64, 64)}
 
 
 # --- inside the kernels: blocks of one head --------------------------------------------------------------
@@ -53,7 +66,9 @@ def _scores(q, k, of_q: MaskSpec, of_k: MaskSpec | None, scale: float):
     return jnp.where(allowed, scores, MASKED)
 
 
-def _forward_kernel(counts, blocks, q_ref, k_ref, v_ref, of_q_ref, of_k_ref, out_ref, total_ref, *, scale, size):
+def _forward_kernel(
+    counts, blocks, q_ref, k_ref, v_ref, of_q_ref, of_k_ref, out_ref, total_ref, *, scale, size
+):
     q, of_q = q_ref[...], _rows(of_q_ref, slice(None))
 
     def add(sums, block, masked):
@@ -83,7 +98,20 @@ def _weights(scores, total, masked):
 
 
 def _queries_kernel(
-    counts, blocks, q_ref, k_ref, v_ref, of_q_ref, of_k_ref, grad_ref, total_ref, given_ref, dq_ref, *, scale, size
+    counts,
+    blocks,
+    q_ref,
+    k_ref,
+    v_ref,
+    of_q_ref,
+    of_k_ref,
+    grad_ref,
+    total_ref,
+    given_ref,
+    dq_ref,
+    *,
+    scale,
+    size,
 ):
     """The gradient of the queries of a block."""
     q, of_q, grad = q_ref[...], _rows(of_q_ref, slice(None)), grad_ref[...]
@@ -145,15 +173,15 @@ def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, pad)
 
 
-def _heads(x: jax.Array, tokens: int) -> jax.Array:
+def _heads(x: jax.Array, size: int) -> jax.Array:
     """[B, K, (G,) T, H] -> [B, N, T, H], filled up."""
     x = x.reshape(x.shape[0], -1, *x.shape[-2:])
-    return _filled(_filled(x, 2, tokens), 3, max(16, pl.next_power_of_2(x.shape[-1])))
+    return _filled(_filled(x, 2, size), 3, max(16, pl.next_power_of_2(x.shape[-1])))
 
 
-def _numbers(x: jax.Array) -> jax.Array:
+def _numbers(x: jax.Array, size: int) -> jax.Array:
     """One number a query, [B, K, G, T, 1] -> [B, N, T], filled up."""
-    return _filled(x.reshape(x.shape[0], -1, x.shape[3]), 2, QUERIES)
+    return _filled(x.reshape(x.shape[0], -1, x.shape[3]), 2, size)
 
 
 def _lists(table: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,83 +191,91 @@ def _lists(table: jax.Array) -> tuple[jax.Array, jax.Array]:
     return counts.astype(jnp.int32), jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
 
 
-class _Sizes:
-    """What the specs of blocks are made of."""
+class _Call:
+    """One attention: its arrays, filled up, and the kernels on them.
 
-    def __init__(self, q: jax.Array, k: jax.Array):
-        self.b, self.n, self.t, self.h = q.shape
-        self.group, self.s = q.shape[1] // k.shape[1], k.shape[2]
+    Attributes:
+        arrays: q, k, v and the masks of queries and of keys, [B, 4, T] and [B, 4, S].
+        table: what its blocks hold.
+    """
 
-    def query(self, whole: bool = False):
-        size = self.t if whole else QUERIES
-        return pl.BlockSpec((None, None, size, self.h), lambda i, n, b: (b, n, 0 if whole else i, 0))
+    def __init__(self, q, k, v, of_q: MaskSpec, of_k: MaskSpec, blocks: Blocks, scale: float):
+        self.blocks, self.scale = blocks, scale
+        of_q = MaskSpec(*(_filled(a, 1, blocks.queries) for a in of_q))
+        of_k = MaskSpec(*(_filled(a, 1, blocks.keys) for a in of_k))
+        self.table = block_table(of_q, of_k, blocks.queries, blocks.keys)
+        heads = _heads(q, blocks.queries), _heads(k, blocks.keys), _heads(v, blocks.keys)
+        self.arrays = (*heads, *(jnp.stack(m, axis=1).astype(jnp.int32) for m in (of_q, of_k)))
+        self.b, self.n, self.t, self.h = heads[0].shape
+        self.s, self.group = k.shape[2] + -k.shape[2] % blocks.keys, q.shape[2]
 
-    def number(self, whole: bool = False):
-        size = self.t if whole else QUERIES
-        return pl.BlockSpec((None, None, size), lambda i, n, b: (b, n, 0 if whole else i))
+    # How a program of the grid (block, head, row) sees an array: its own block of it, or all of its head.
 
-    def key(self, whole: bool = False, shared: bool = True):
-        size, group = self.s if whole else KEYS, self.group if shared else 1
-        return pl.BlockSpec((None, None, size, self.h), lambda i, n, b: (b, n // group, 0 if whole else i, 0))
+    def _tokens(self, own: bool, size: int, of: int):
+        return (size, lambda i: i) if own else (of, lambda i: 0)
 
-    @staticmethod
-    def mask(size: int, whole: bool):
-        return pl.BlockSpec((None, len(MaskSpec._fields), size), lambda i, n, b: (b, 0, 0 if whole else i))
+    def query(self, own: bool):
+        size, at = self._tokens(own, self.blocks.queries, self.t)
+        return pl.BlockSpec((None, None, size, self.h), lambda i, n, b: (b, n, at(i), 0))
 
-    @staticmethod
-    def lists(counts: jax.Array, blocks: jax.Array):
-        return [pl.BlockSpec((None, None, x.shape[2]), lambda i, n, b: (b, i, 0)) for x in (counts, blocks)]
+    def number(self, own: bool):
+        size, at = self._tokens(own, self.blocks.queries, self.t)
+        return pl.BlockSpec((None, None, size), lambda i, n, b: (b, n, at(i)))
 
+    def key(self, own: bool, group: int):
+        size, at = self._tokens(own, self.blocks.keys, self.s)
+        return pl.BlockSpec((None, None, size, self.h), lambda i, n, b: (b, n // group, at(i), 0))
 
-def _call(kernel, grid, specs, out, arrays, **sizes):
-    def call(*arrays, interpret):
-        return pl.pallas_call(
-            functools.partial(kernel, **sizes),
-            grid=grid,
-            in_specs=specs[: len(arrays)],
-            out_specs=specs[len(arrays) :],
-            out_shape=out,
-            compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-            interpret=interpret,
-        )(*arrays)
+    def masks(self, own_queries: bool):
+        q = self._tokens(own_queries, self.blocks.queries, self.t)
+        k = self._tokens(not own_queries, self.blocks.keys, self.s)
+        one = lambda size, at: pl.BlockSpec((None, 4, size), lambda i, n, b: (b, 0, at(i)))  # noqa: E731
+        return [one(*q), one(*k)]
 
-    run = functools.partial(call, interpret=False)
-    return jax.lax.platform_dependent(
-        *arrays, cuda=run, rocm=run, default=functools.partial(call, interpret=True)
-    )
+    def run(self, kernel, own_queries: bool, more: Sequence[tuple[Any, Any]], out: Sequence[tuple[Any, Any]]):
+        """`kernel` for each block of queries, or of keys, and each head.
 
+        Args:
+            more: (array, spec) of arguments beside the lists of blocks and `arrays`.
+            out: (shape and type, spec) of the results.
+        """
+        counts, listed = _lists(self.table if own_queries else jnp.swapaxes(self.table, 1, 2))
+        lists = [pl.BlockSpec((None, None, x.shape[2]), lambda i, n, b: (b, i, 0)) for x in (counts, listed)]
+        inputs = [
+            self.query(own_queries),
+            *[self.key(not own_queries, self.group)] * 2,
+            *self.masks(own_queries),
+        ]
+        walked = self.blocks.keys if own_queries else self.blocks.queries
 
-def _prepared(q, k, v, of_q: MaskSpec, of_k: MaskSpec):
-    """q, k, v, masks [B, 4, T] and [B, 4, S], all filled up, and the table of blocks."""
-    of_q = MaskSpec(*(_filled(a, 1, QUERIES) for a in of_q))
-    of_k = MaskSpec(*(_filled(a, 1, KEYS) for a in of_k))
-    table = block_table(of_q, of_k, QUERIES, KEYS)
-    masks = (jnp.stack(m, axis=1).astype(jnp.int32) for m in (of_q, of_k))
-    return (_heads(q, QUERIES), _heads(k, KEYS), _heads(v, KEYS), *masks), table
+        def call(*arrays, interpret):
+            return pl.pallas_call(
+                functools.partial(kernel, scale=self.scale, size=walked),
+                grid=(listed.shape[1], self.n, self.b),
+                in_specs=[*lists, *inputs, *(spec for _, spec in more)],
+                out_specs=[spec for _, spec in out],
+                out_shape=[jax.ShapeDtypeStruct(*shape) for shape, _ in out],
+                compiler_params=triton.CompilerParams(
+                    num_warps=self.blocks.warps, num_stages=self.blocks.stages
+                ),
+                interpret=interpret,
+            )(*arrays)
+
+        real, interpreted = (functools.partial(call, interpret=x) for x in (False, True))
+        arrays = (counts, listed, *self.arrays, *(array for array, _ in more))
+        return jax.lax.platform_dependent(*arrays, cuda=real, default=interpreted)
 
 
 def _forward(q, k, v, of_q, of_k, *, scale):
-    arrays, table = _prepared(q, k, v, of_q, of_k)
-    sizes, lists = _Sizes(*arrays[:2]), _lists(table)
-    out, total = _call(
+    call = _Call(q, k, v, of_q, of_k, FORWARD[min(q.dtype.itemsize, 4)], scale)
+    out, total = call.run(
         _forward_kernel,
-        (sizes.t // QUERIES, sizes.n, sizes.b),
+        True,
+        [],
         [
-            *sizes.lists(*lists),
-            sizes.query(),
-            *[sizes.key(whole=True)] * 2,
-            sizes.mask(QUERIES, False),
-            sizes.mask(sizes.s, True),
-            sizes.query(),
-            sizes.number(),
+            (((call.b, call.n, call.t, call.h), v.dtype), call.query(True)),
+            (((call.b, call.n, call.t), jnp.float32), call.number(True)),
         ],
-        [
-            jax.ShapeDtypeStruct(arrays[0].shape, v.dtype),
-            jax.ShapeDtypeStruct(arrays[0].shape[:3], jnp.float32),
-        ],
-        (*lists, *arrays),
-        scale=scale,
-        size=KEYS,
     )
     t, h = q.shape[3:]
     return out[:, :, :t, :h].reshape(q.shape), total[:, :, :t].reshape(*q.shape[:4], 1)
@@ -247,50 +283,22 @@ def _forward(q, k, v, of_q, of_k, *, scale):
 
 def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
     given = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
-    arrays, table = _prepared(q, k, v, of_q, of_k)
-    sizes, lists = _Sizes(*arrays[:2]), _lists(table)
-    arrays = (*arrays, _heads(grad, QUERIES), _numbers(total), _numbers(given))
-    (dq,) = _call(
-        _queries_kernel,
-        (sizes.t // QUERIES, sizes.n, sizes.b),
-        [
-            *sizes.lists(*lists),
-            sizes.query(),
-            *[sizes.key(whole=True)] * 2,
-            sizes.mask(QUERIES, False),
-            sizes.mask(sizes.s, True),
-            sizes.query(),
-            *[sizes.number()] * 2,
-            sizes.query(),
-        ],
-        [jax.ShapeDtypeStruct(arrays[0].shape, q.dtype)],
-        (*lists, *arrays),
-        scale=scale,
-        size=KEYS,
-    )
-    lists = _lists(jnp.swapaxes(table, 1, 2))
-    by_head = (sizes.b, sizes.n, sizes.s, sizes.h)
-    dk, dv = _call(
-        _keys_kernel,
-        (sizes.s // KEYS, sizes.n, sizes.b),
-        [
-            *sizes.lists(*lists),
-            sizes.query(whole=True),
-            *[sizes.key()] * 2,
-            sizes.mask(sizes.t, True),
-            sizes.mask(KEYS, False),
-            sizes.query(whole=True),
-            *[sizes.number(whole=True)] * 2,
-            *[sizes.key(shared=False)] * 2,
-        ],
-        [jax.ShapeDtypeStruct(by_head, a.dtype) for a in (k, v)],
-        (*lists, *arrays),
-        scale=scale,
-        size=QUERIES,
+    blocks = BACKWARD[min(q.dtype.itemsize, 4)]
+    call = _Call(q, k, v, of_q, of_k, blocks, scale)
+    by_query = [_heads(grad, blocks.queries), *(_numbers(x, blocks.queries) for x in (total, given))]
+
+    def given_to(own):
+        return list(zip(by_query, [call.query(own), call.number(own), call.number(own)]))
+
+    like_q, by_head = (call.b, call.n, call.t, call.h), (call.b, call.n, call.s, call.h)
+    (dq,) = call.run(_queries_kernel, True, given_to(True), [((like_q, q.dtype), call.query(True))])
+    # Of each query's head, and added afterwards: a program for all heads of a key would leave a GPU idle.
+    dk, dv = call.run(
+        _keys_kernel, False, given_to(False), [((by_head, a.dtype), call.key(True, 1)) for a in (k, v)]
     )
 
-    def summed(x, like):  # over the heads that share keys
-        x = x.reshape(*like.shape[:2], sizes.group, *x.shape[2:]).astype(jnp.float32).sum(2)
+    def summed(x, like):
+        x = x.reshape(*like.shape[:2], call.group, *x.shape[2:]).astype(jnp.float32).sum(2)
         return x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
 
     t, h = q.shape[3:]
