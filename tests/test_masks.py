@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mask_toy import random_spec
 
 from umm_jax.models import attention, blockwise, gathered
 from umm_jax.models.attention import attend
@@ -23,22 +24,6 @@ from umm_jax.models.masks import (
 
 def spec(sample, split, mode, order):
     return MaskSpec(*(jnp.asarray(a, jnp.int32)[None] for a in (sample, split, mode, order)))
-
-
-def random_spec(seed: int, tokens: int, rows: int = 2) -> MaskSpec:
-    """Packed samples of texts and images, with padding behind them."""
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(rows):
-        columns, sample, split, order = [], 1, 0, 0
-        while len(columns) < tokens - 12:
-            mode, count = int(rng.integers(0, 3)), int(rng.integers(2, 20))
-            columns += [(sample, split, mode, order + i) for i in range(count)]
-            split, order = split + 1, order + count
-            if rng.random() < 0.2:
-                sample, split, order = sample + 1, 0, 0
-        columns = columns[: tokens - 12]
-        found.append(columns + [(0, 0, 0, 0)] * (tokens - len(columns)))
-    return MaskSpec(*jnp.asarray(np.array(found).transpose(2, 0, 1), jnp.int32))
 
 
 def test_the_mask_is_as_drawn():

@@ -4,14 +4,17 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 H head width.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from umm_jax.models import attention_pallas, blockwise, gathered, scores
+from umm_jax.models import attention_gpu, attention_tpu, blockwise, gathered, scores
 from umm_jax.models.masks import MaskSpec, dense
 from umm_jax.models.scores import cut, joined
 
@@ -25,6 +28,8 @@ BLOCK = 2**20
 # to be known of tokens. With fewer, that costs more than it saves: at 500 keys and 12 rows, 30 % of a step.
 LONG = 1024
 
+IMPLEMENTATIONS = ("auto", "blocks", "kernels")
+
 
 def attend(
     q: jax.Array,
@@ -33,6 +38,7 @@ def attend(
     mask: jax.Array | tuple[MaskSpec, MaskSpec] | None = None,
     *,
     scale: float | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """softmax(scale q k^T) v with grouped-query heads; the softmax is taken in float32.
 
@@ -47,10 +53,21 @@ def attend(
             to be known of the queries and of the keys, see ``masks``: then an accelerator makes no mask above
             KEPT scores. A query that may read nothing returns zeros, so that padding never produces NaN.
         scale: 1 / sqrt(H) unless given.
+        implementation: of a large attention under what is to be known of tokens. "blocks" is plain XLA,
+            "kernels" are Pallas kernels on GPUs and TPUs; "auto" is kernels on a GPU, where they have been
+            measured, and blocks on a TPU, where they have been compiled and not run. A CPU has ways of its
+            own.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
+
+    Raises:
+        ValueError: an unknown implementation.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
     scale = h**-0.5 if scale is None else scale
@@ -60,7 +77,7 @@ def attend(
     if b * n * t * s <= KEPT:
         out = scores.attended(q, k, v, dense(*mask) if isinstance(mask, tuple) else mask, scale)
     else:
-        out = _remade(q, k, v, mask, scale)
+        out = _remade(q, k, v, mask, scale, implementation)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
 
 
@@ -106,13 +123,15 @@ class _InBlocks:
 
 # The rule stands around the choice by platform, which is made when a program is lowered: differentiating
 # through it would keep what the backward passes of all platforms need.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _remade(q, k, v, mask, scale):
-    return _remade_forward(q, k, v, mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _remade(q, k, v, mask, scale, implementation):
+    return _remade_forward(q, k, v, mask, scale, implementation)[0]
 
 
-def _remade_forward(q, k, v, mask, scale):
-    ways = {name: functools.partial(way.forward, scale=scale) for name, way in _ways(mask).items()}
+def _remade_forward(q, k, v, mask, scale, implementation):
+    ways = _ways(k, mask, implementation)
+    _note(q, k, ways)
+    ways = {name: functools.partial(way.forward, scale=scale) for name, way in ways.items()}
     # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
     # same in all of them, and would make and keep the masks of all blocks.
     tied, _ = jax.lax.optimization_barrier((mask, q))
@@ -120,20 +139,62 @@ def _remade_forward(q, k, v, mask, scale):
     return out, (q, k, v, mask, out, total)
 
 
-def _remade_backward(scale, saved, grad):
-    ways = {name: functools.partial(way.backward, scale=scale) for name, way in _ways(saved[3]).items()}
+def _remade_backward(scale, implementation, saved, grad):
+    _, k, _, mask, *_ = saved
+    ways = _ways(k, mask, implementation)
+    ways = {name: functools.partial(way.backward, scale=scale) for name, way in ways.items()}
     return *jax.lax.platform_dependent(*saved, grad, **ways), None
 
 
-def _ways(mask) -> dict[str, Any]:
+def _ways(k, mask, implementation) -> dict[str, Any]:
     """What has a `forward` and a `backward`, by platform."""
     if not isinstance(mask, tuple):
-        return {"cpu": _InBlocks, "default": scores}
-    cpu = gathered if mask[1].sample.shape[1] >= LONG else _InBlocks
-    return {"cpu": cpu, "cuda": attention_pallas, "default": blockwise}
+        found = {"cpu": _InBlocks, "default": scores}
+    else:
+        cpu = gathered if k.shape[2] >= LONG else _InBlocks
+        found = {"cpu": cpu, "default": blockwise}
+        if implementation != "blocks":
+            found["cuda"] = attention_gpu
+        if implementation == "kernels":
+            found["tpu"] = attention_tpu
+    return found
 
 
 _remade.defvjp(_remade_forward, _remade_backward)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------
+
+_WORDS = {
+    scores: "all scores at once, made again for the backward pass",
+    _InBlocks: "scores of some queries at a time",
+    gathered: "some queries at a time, with the keys they may read",
+    blockwise: "blocks that are read, in plain XLA",
+    attention_gpu: "blocks that are read, as Pallas kernels (Triton)",
+    attention_tpu: "blocks that are read, as Pallas kernels (opt-in: not yet run on a TPU)",
+}
+_NOTES: contextvars.ContextVar[tuple[str, dict] | None] = contextvars.ContextVar("attention", default=None)
+
+
+@contextlib.contextmanager
+def noted(platform: str) -> Iterator[dict[str, None]]:
+    """Collects, from what is traced inside, how `platform` ("cpu", "gpu", "tpu") does each large attention.
+
+    Small ones, whose scores are kept, are not told of.
+    """
+    found: dict[str, None] = {}
+    token = _NOTES.set(({"gpu": "cuda"}.get(platform, platform), found))
+    try:
+        yield found
+    finally:
+        _NOTES.reset(token)
+
+
+def _note(q, k, ways: dict[str, Any]) -> None:
+    if (notes := _NOTES.get()) is not None:
+        platform, found = notes
+        way = _WORDS[ways.get(platform, ways["default"])]
+        found[f"{q.shape[3]} queries, {k.shape[2]} keys: {way}"] = None
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
-from umm_jax.models.attention import attend, merge_heads
+from umm_jax.models.attention import IMPLEMENTATIONS, attend, merge_heads
 from umm_jax.models.backbone import BackboneConfig, Cache, Layer
 from umm_jax.models.masks import MaskSpec
 from umm_jax.sharding import constrain
@@ -36,6 +37,7 @@ class MixtureConfig(BackboneConfig):
 
     Attributes:
         freeze_understanding: cut every gradient through understanding tokens, see :class:`MixtureLayer`.
+        attention: its implementation, see ``attention.attend``.
     """
 
     vocab: int = 152064
@@ -48,6 +50,14 @@ class MixtureConfig(BackboneConfig):
     qk_norm: bool = True
     qkv_bias: bool = True
     freeze_understanding: bool = False
+    attention: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attention not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            )
 
 
 class MixtureLayer(nnx.Module):
@@ -61,7 +71,7 @@ class MixtureLayer(nnx.Module):
     def __init__(self, config: MixtureConfig, rngs: nnx.Rngs):
         self.understanding = Layer(config, rngs)
         self.generation = Layer(config, rngs)
-        self.frozen = config.freeze_understanding
+        self.frozen, self.implementation = config.freeze_understanding, config.attention
 
     def __call__(
         self,
@@ -87,8 +97,15 @@ class MixtureLayer(nnx.Module):
         if cache is not None:
             cache = cache.written(k, v, write)
             k, v = cache
-        scale = layers[0].attention.scale
-        attended = merge_heads(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=scale))
+        attended = attend(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            mask,
+            scale=layers[0].attention.scale,
+            implementation=self.implementation,
+        )
+        attended = merge_heads(attended)
         result, start = list(xs), 0
         for g in present:
             x, count = xs[g], xs[g].shape[1]

@@ -20,6 +20,7 @@ from umm_jax.config import RunConfig
 from umm_jax.errors import ConfigError, Interrupted
 from umm_jax.families import Family
 from umm_jax.families.contract import ModelConfig
+from umm_jax.models import attention
 from umm_jax.train import state as states
 from umm_jax.train.checkpoint import Checkpoints, plain_config
 from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress
@@ -125,8 +126,11 @@ def train(
     # └──────────────────────────────────────────────────────────────────────────┘
     batch = sharding.put_batch(next(loader), mesh)
     now = time.perf_counter()
-    compiled = step_function.lower(state, batch).compile()
+    with attention.noted(mesh.devices.flat[0].platform) as ways:
+        compiled = step_function.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - now
+    for line in ways:
+        _say(f"attention {line}")
     _say(f"compiled  in {compile_seconds:.1f} s; steps {first} to {run.train.steps}")
     # Only now: what failed before this may be mended and begun again in the same folder.
     _claim(workdir, run)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from umm_jax import sharding
+from umm_jax.models.attention_kernels import by_heads, dot, filled, on_each_device, over_groups
 from umm_jax.models.masks import EMPTY, WHOLE, MaskSpec, block_table, visible
 from umm_jax.models.scores import MASKED
 
@@ -42,10 +42,6 @@ BACKWARD = {4: Blocks(64, 32), 2: Blocks(64, 64)}
 # --- inside the kernels: blocks of one head --------------------------------------------------------------
 
 
-def _dot(a, b, over: tuple[int, int]):
-    return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _walk(counts_ref, list_ref, add, sums):
     """`add(sums, block, masked)` for the blocks of the list: those that are read whole, then the others."""
     step = lambda masked: lambda i, sums: add(sums, list_ref[i], masked)  # noqa: E731
@@ -59,7 +55,7 @@ def _rows(mask_ref, at) -> MaskSpec:
 
 def _scores(q, k, of_q: MaskSpec, of_k: MaskSpec | None, scale: float):
     """[t, s]; `of_k` is None where all is read."""
-    scores = _dot(q, k, (1, 1)) * scale
+    scores = dot(q, k, (1, 1)) * scale
     if of_k is None:
         return scores
     allowed = visible(MaskSpec(*(a[:, None] for a in of_q)), MaskSpec(*(a[None, :] for a in of_k)))
@@ -81,7 +77,7 @@ def _forward_kernel(
         raised = jnp.where(scores > MASKED / 2, raised, 0.0) if masked else raised
         shrink = jnp.exp(top - higher)
         v = v_ref[at, :]
-        out = out * shrink[:, None] + _dot(raised.astype(v.dtype), v, (1, 0))
+        out = out * shrink[:, None] + dot(raised.astype(v.dtype), v, (1, 0))
         return higher, total * shrink + jnp.sum(raised, axis=1), out
 
     start = (jnp.full(q.shape[:1], MASKED, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32))
@@ -121,8 +117,8 @@ def _queries_kernel(
         at = pl.ds(block * size, size)
         k = k_ref[at, :]
         scores = _scores(q, k, of_q, _rows(of_k_ref, at) if masked else None, scale)
-        ds = _weights(scores, total, masked) * (_dot(grad, v_ref[at, :], (1, 1)) - given[:, None])
-        return dq + _dot(ds.astype(k.dtype), k, (1, 0))
+        ds = _weights(scores, total, masked) * (dot(grad, v_ref[at, :], (1, 1)) - given[:, None])
+        return dq + dot(ds.astype(k.dtype), k, (1, 0))
 
     dq = _walk(counts, blocks, add, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
@@ -154,9 +150,9 @@ def _keys_kernel(
         q, grad = q_ref[at, :], grad_ref[at, :]
         scores = _scores(q, k, _rows(of_q_ref, at) if masked else None, of_k if masked else None, scale)
         weights = _weights(scores, total_ref[at], masked)
-        dv = dv + _dot(weights.astype(grad.dtype), grad, (0, 0))
-        ds = weights * (_dot(grad, v, (1, 1)) - given_ref[at][:, None])
-        return dk + _dot(ds.astype(q.dtype), q, (0, 0)), dv
+        dv = dv + dot(weights.astype(grad.dtype), grad, (0, 0))
+        ds = weights * (dot(grad, v, (1, 1)) - given_ref[at][:, None])
+        return dk + dot(ds.astype(q.dtype), q, (0, 0)), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = _walk(counts, blocks, add, (zeros, zeros))
@@ -166,22 +162,9 @@ def _keys_kernel(
 # --- around the kernels ----------------------------------------------------------------------------------
 
 
-def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """`axis` up to a multiple of `size`, with zeros."""
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, pad)
-
-
 def _heads(x: jax.Array, size: int) -> jax.Array:
-    """[B, K, (G,) T, H] -> [B, N, T, H], filled up."""
-    x = x.reshape(x.shape[0], -1, *x.shape[-2:])
-    return _filled(_filled(x, 2, size), 3, max(16, pl.next_power_of_2(x.shape[-1])))
-
-
-def _numbers(x: jax.Array, size: int) -> jax.Array:
-    """One number a query, [B, K, G, T, 1] -> [B, N, T], filled up."""
-    return _filled(x.reshape(x.shape[0], -1, x.shape[3]), 2, size)
+    """As ``by_heads``, and H filled up."""
+    return filled(by_heads(x, size), 3, max(16, pl.next_power_of_2(x.shape[-1])))
 
 
 def _lists(table: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -201,8 +184,8 @@ class _Call:
 
     def __init__(self, q, k, v, of_q: MaskSpec, of_k: MaskSpec, blocks: Blocks, scale: float):
         self.blocks, self.scale = blocks, scale
-        of_q = MaskSpec(*(_filled(a, 1, blocks.queries) for a in of_q))
-        of_k = MaskSpec(*(_filled(a, 1, blocks.keys) for a in of_k))
+        of_q = MaskSpec(*(filled(a, 1, blocks.queries) for a in of_q))
+        of_k = MaskSpec(*(filled(a, 1, blocks.keys) for a in of_k))
         self.table = block_table(of_q, of_k, blocks.queries, blocks.keys)
         heads = _heads(q, blocks.queries), _heads(k, blocks.keys), _heads(v, blocks.keys)
         self.arrays = (*heads, *(jnp.stack(m, axis=1).astype(jnp.int32) for m in (of_q, of_k)))
@@ -285,40 +268,18 @@ def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
     given = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
     blocks = BACKWARD[min(q.dtype.itemsize, 4)]
     call = _Call(q, k, v, of_q, of_k, blocks, scale)
-    by_query = [_heads(grad, blocks.queries), *(_numbers(x, blocks.queries) for x in (total, given))]
+    by_query = [_heads(grad, blocks.queries), *(by_heads(x, blocks.queries)[..., 0] for x in (total, given))]
 
     def given_to(own):
         return list(zip(by_query, [call.query(own), call.number(own), call.number(own)]))
 
     like_q, by_head = (call.b, call.n, call.t, call.h), (call.b, call.n, call.s, call.h)
     (dq,) = call.run(_queries_kernel, True, given_to(True), [((like_q, q.dtype), call.query(True))])
-    # Of each query's head, and added afterwards: a program for all heads of a key would leave a GPU idle.
     dk, dv = call.run(
         _keys_kernel, False, given_to(False), [((by_head, a.dtype), call.key(True, 1)) for a in (k, v)]
     )
-
-    def summed(x, like):
-        x = x.reshape(*like.shape[:2], call.group, *x.shape[2:]).astype(jnp.float32).sum(2)
-        return x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
-
     t, h = q.shape[3:]
-    return dq[:, :, :t, :h].reshape(q.shape), summed(dk, k), summed(dv, v)
+    return dq[:, :, :t, :h].reshape(q.shape), over_groups(dk, k), over_groups(dv, v)
 
 
-# A kernel is not split by the compiler: rows and heads go to the devices that have them.
-_Q, _K, _MASK = ("batch", "heads", None, None, None), ("batch", "heads", None, None), ("batch", None)
-_ARGUMENTS = (_Q, _K, _K, MaskSpec(*[_MASK] * 4), MaskSpec(*[_MASK] * 4))
-
-
-def forward(q, k, v, mask: tuple[MaskSpec, MaskSpec], scale: float):
-    """As ``blockwise.forward``."""
-    run = functools.partial(_forward, scale=scale)
-    out = (q, jax.ShapeDtypeStruct((*q.shape[:4], 1), jnp.float32))
-    return sharding.on_each_device(run, (q, k, v, *mask), _ARGUMENTS, out, (_Q, _Q))
-
-
-def backward(q, k, v, mask: tuple[MaskSpec, MaskSpec], out, total, grad, scale: float):
-    """As ``blockwise.backward``."""
-    run = functools.partial(_backward, scale=scale)
-    arrays, axes = (q, k, v, *mask, out, total, grad), (*_ARGUMENTS, _Q, _Q, _Q)
-    return sharding.on_each_device(run, arrays, axes, (q, k, v), (_Q, _K, _K))
+forward, backward = on_each_device(_forward, _backward)
