@@ -296,3 +296,35 @@ def test_what_the_loader_needs_is_said_by_the_axes(tmp_path):
     with pytest.raises(DataError, match="raise data.axes.latents"):
         with make_loader(dataclasses.replace(data, axes=dict(latents=40, patches=16)), lay_out) as loader:
             next(loader)
+
+
+def test_pictures_are_made_smaller_where_a_row_is_too_short_for_them(tmp_path):
+    from umm_jax.data.pipeline import make_loader
+    from umm_jax.data.synthesis import synthesize
+
+    synthesize(toy.conversation, 6, tmp_path / "data", how={}, shards=1)
+    base = dict(
+        sources=[{"path": str(tmp_path / "data")}], tokens=160, images=4, batch_size=2, packing="none"
+    )
+    whole = config.from_dict(config.DataConfig, base | dict(axes=dict(latents=96, patches=16)))
+    short = dataclasses.replace(whole, axes=dict(latents=40, patches=16), oversize="smaller")
+    lay_out = with_drop(text=0.0, images=0.0)
+    with make_loader(whole, lay_out) as loader, make_loader(short, lay_out) as other:
+        for _ in range(6):
+            full, less = next(loader), next(other)
+            for row in range(2):
+                needed = int((full["latents"]["segment_ids"][row] > 0).sum())
+                used = int((less["latents"]["segment_ids"][row] > 0).sum())
+                # What fits is left as it is; the words are there either way.
+                assert used == needed if needed <= 40 else 0 < used <= 40
+                texts = [b["tokens"]["ids"][row][b["tokens"]["patch"][row] < 0] for b in (full, less)]
+                np.testing.assert_array_equal(*(t[t > 0] for t in texts))
+        assert other.stats()["truncated"] > 0 and other.stats()["dropped"] == 0
+
+
+def test_a_smaller_picture_keeps_its_shape_and_the_bounds():
+    whole = FitConfig(1024, 512, 16)
+    less = whole.smaller(0.25)
+    assert (less.longest, less.shortest, less.stride) == (512, 256, 16)
+    assert fitted_size(1024, 512, less) == (512, 256)
+    assert FitConfig(16, 16, 16).smaller(0.01).longest == 16

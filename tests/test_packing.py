@@ -200,6 +200,16 @@ def test_the_oldest_goes_unless_something_depends_on_it():
     assert fit(c, serializer, size(4, 9), "oldest") == (None, False)
 
 
+def test_smaller_takes_the_largest_share_that_fits():
+    def sized(c, share=1.0):
+        return serializer(dialogue(int(8 * share)))
+
+    for tokens, share in ((25, 1), (24, 0.5), (12, 0.25), (6, 0.125)):
+        result, changed = fit(dialogue(8), sized, size(tokens, 9), "smaller")
+        assert stream_length(result) == stream_length(sized(None, share)) and changed == (share < 1)
+    assert fit(dialogue(8), sized, size(0, 9), "smaller") == (None, False)
+
+
 def test_a_beginning_is_a_valid_record():
     short = beginning(dialogue(3), 3)
     short.validate()

@@ -189,7 +189,8 @@ class DataConfig:
             that `merge` chose stay apart.
         oversize: what happens to a conversation that exceeds the budget: "refuse" raises, "drop" leaves
             it out and counts it, "truncate" removes the last turns until it fits, "oldest" the oldest
-            exchanges that nothing later depends on. Where rows are cut, only a source whose cut is "document"
+            exchanges that nothing later depends on, "smaller" makes its pictures smaller (for families whose
+            pictures are of several sizes). Where rows are cut, only a source whose cut is "document"
             has such: "truncate" then shortens their text.
         packing_bins: rows kept open by first-fit.
         batch_size: rows per step over all devices and accumulation steps.
@@ -205,7 +206,7 @@ class DataConfig:
     axes: dict[str, int] = field(default_factory=dict)
     packing: typing.Literal["first_fit", "none", "cut"] = "first_fit"
     compat: typing.Literal["none", "release"] = "none"
-    oversize: typing.Literal["refuse", "drop", "truncate", "oldest"] = "refuse"
+    oversize: typing.Literal["refuse", "drop", "truncate", "oldest", "smaller"] = "refuse"
     packing_bins: int = 8
     batch_size: int = 16
     shuffle_seed: int = 0
@@ -215,9 +216,9 @@ class DataConfig:
     def __post_init__(self):
         if self.batch_size < 1 or min(self.budget.values()) < 1:
             raise ConfigError("batch_size, tokens, images and axes must be positive")
-        if self.packing == "cut" and self.oversize == "oldest":
+        if self.packing == "cut" and self.oversize in ("oldest", "smaller"):
             raise ConfigError(
-                "oversize=oldest is about turns, and documents have none; choose truncate or drop"
+                f"oversize={self.oversize} is not for documents that are cut; choose truncate or drop"
             )
         for k, source in enumerate(self.sources):
             if self.packing != "cut" and (source.images, source.cut, source.merge) != (None, "image", 0.0):

@@ -130,21 +130,27 @@ class FirstFit:
 # --- conversations that are too long --------------------------------------------------------------
 
 
+# What is left of the area of pictures, tried one after the other, where they are to be made smaller.
+SHARES = (0.5, 0.25, 0.125, 0.0625)
+
+
 def fit(
     conversation: Conversation,
-    serializer: Callable[[Conversation], Stream],
+    serializer: Callable[..., Stream],
     budget: Mapping[str, int],
     oversize: str,
 ) -> tuple[Stream | None, bool]:
     """Serializes a conversation within the budget of a row.
 
     Args:
+        serializer: of (conversation), and for "smaller" of (conversation, share of its pictures' area).
         oversize: "refuse", "drop", "truncate": remove the last turns, down to one exchange of a user and an
-            assistant turn at least, always ending with an assistant turn; or "oldest": remove the oldest
-            exchanges that no later turn depends on, never the last.
+            assistant turn at least, always ending with an assistant turn; "oldest": remove the oldest
+            exchanges that no later turn depends on, never the last; or "smaller": of all pictures alike, see
+            :data:`SHARES`.
 
     Returns:
-        (stream, whether it was truncated); the stream is None when the conversation is to be left out.
+        (stream, whether something was taken away); the stream is None when the conversation is to be left out.
 
     Raises:
         DataError: it is too long and `oversize` is "refuse".
@@ -158,10 +164,15 @@ def fit(
         raise DataError(
             f"record {conversation.id} needs {' and '.join(f'{length[a]} {a}' for a in wide)}, a row holds "
             f"{' and '.join(str(budget[a]) for a in wide)}; raise "
-            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop, truncate or oldest"
+            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop, truncate, oldest or "
+            "smaller"
         )
     if oversize == "drop":
         return None, False
+    if oversize == "smaller":
+        made = (serializer(conversation, share) for share in SHARES)
+        fitting = next((stream for stream in made if _within(stream_length(stream), budget)), None)
+        return fitting, fitting is not None
     if oversize == "oldest":
         shorter = without_oldest(conversation)
         while shorter is not None:
@@ -180,10 +191,10 @@ def fit(
     def too_long(end: int) -> bool:
         return not _within(stream_length(serializer(beginning(conversation, end))), budget)
 
-    fitting = bisect.bisect_left(ends, True, key=too_long)
-    if not fitting:
+    count = bisect.bisect_left(ends, True, key=too_long)
+    if not count:
         return None, False
-    return serializer(beginning(conversation, ends[fitting - 1])), True
+    return serializer(beginning(conversation, ends[count - 1])), True
 
 
 def beginning(conversation: Conversation, turns: int) -> Conversation:

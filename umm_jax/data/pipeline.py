@@ -65,6 +65,11 @@ def make_loader(
         )
     if data.packing == "cut" and serializer.spec.more:
         raise ConfigError("data.packing=cut knows tokens and images only; choose first_fit for this family")
+    if data.oversize == "smaller" and not hasattr(serializer, "smaller"):
+        raise ConfigError(
+            "data.oversize=smaller needs a family whose pictures are of several sizes; choose drop, truncate "
+            "or oldest"
+        )
     if data.batch_size % process_count:
         raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by {process_count} processes")
     parts = []
@@ -165,9 +170,10 @@ class _Streams:
         conversation = self.source.conversation(index)
         seed = int(rng.integers(2**63))
 
-        def serialize(conversation: Conversation) -> Stream:
+        def serialize(conversation: Conversation, share: float = 1.0) -> Stream:
+            serializer = self.serializer if share == 1 else self.serializer.smaller(share)
             # The same draws for every beginning of a conversation that is too long.
-            return self.serializer(conversation, np.random.default_rng(seed))
+            return serializer(conversation, np.random.default_rng(seed))
 
         try:
             stream, truncated = self.fit(conversation, serializer=serialize)

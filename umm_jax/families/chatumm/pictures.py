@@ -35,6 +35,16 @@ class FitConfig:
                 f"stride {self.stride} and not below the shortest"
             )
 
+    def smaller(self, share: float) -> "FitConfig":
+        """Sides and pixels for that share of the area."""
+        steps = max(1, int(self.longest * share**0.5) // self.stride)
+        return FitConfig(
+            steps * self.stride,
+            min(max(1, int(self.shortest * share**0.5)), steps * self.stride),
+            self.stride,
+            max(1, int(self.pixels * share)),
+        )
+
     @property
     def most_cells(self) -> int:
         """Multiples of the stride along the longest side."""

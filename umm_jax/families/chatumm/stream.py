@@ -16,6 +16,7 @@ draws, and the turn's end. So it is asked at the end of a user's turn and after 
 """
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -141,6 +142,7 @@ class Serializer:
 
     def __init__(self, model: Mapping[str, Any] | Any, tokenizer: Any):
         c = self.layout = layout_of(model)
+        self.latent, self.vision = c.latent, c.vision  # to which sizes pictures are brought
         self.tokenizer = tokenizer
         self.special = Special(*map(tokenizer.id, (c.start, c.end, c.vision_start, c.vision_end, c.turn_end)))
         self.boxes = Boxes(tokenizer, c.box_format, c.box_bins)
@@ -171,6 +173,12 @@ class Serializer:
                 },
             },
         )
+
+    def smaller(self, share: float) -> "Serializer":
+        """One that gives pictures so large a share of their area; tables of positions stay."""
+        other = copy.copy(self)
+        other.latent, other.vision = self.latent.smaller(share), self.vision.smaller(share)
+        return other
 
     # --- conversation to stream -------------------------------------------------------------------
 
@@ -204,8 +212,8 @@ class Serializer:
         c = self.layout
         shown, large, small = [], [], []
         for pixels in images:
-            fit = pictures.fitted(pixels, c.latent, len(images))
-            seen = pictures.fitted(fit, c.vision, len(images))
+            fit = pictures.fitted(pixels, self.latent, len(images))
+            seen = pictures.fitted(fit, self.vision, len(images))
             large.append(fit)
             small.append(pictures.patches(seen, c.vision.stride))
             shown.append(
