@@ -150,7 +150,7 @@ def fit(
             :data:`SHARES`.
 
     Returns:
-        (stream, whether something was taken away); the stream is None when the conversation is to be left out.
+        (stream, whether something was taken away); the stream is None when the conversation is left out.
 
     Raises:
         DataError: it is too long and `oversize` is "refuse".
@@ -164,8 +164,8 @@ def fit(
         raise DataError(
             f"record {conversation.id} needs {' and '.join(f'{length[a]} {a}' for a in wide)}, a row holds "
             f"{' and '.join(str(budget[a]) for a in wide)}; raise "
-            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop, truncate, oldest or "
-            "smaller"
+            f"{' and '.join(budget_name(a) for a in wide)}, or set data.oversize to drop, truncate, oldest "
+            "or smaller"
         )
     if oversize == "drop":
         return None, False

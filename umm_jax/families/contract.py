@@ -60,8 +60,8 @@ class ConfigPart(Protocol):
 class Serializer(Protocol):
     """Made as ``Serializer(model, tokenizer)``; `model` is the plain section of a config, or a ModelConfig.
 
-    Must be picklable: data workers are given it. Raises DataError for what the family cannot express. One whose
-    pictures may be of several sizes also has ``smaller(share)``: itself for that share of their area.
+    Must be picklable: data workers are given it. Raises DataError for what the family cannot express. One
+    whose pictures may be of several sizes also has ``smaller(share)``: itself for that share of their area.
     """
 
     @property
