@@ -373,6 +373,7 @@ def test_layers_written_out_give_what_layers_looped_over_give(config, model, str
     assert flat < looped
 
 
+@pytest.mark.slow
 def test_put_together_as_the_release_it_learns_and_draws_with_guidance(streams):
     config = toy.model_config(**toy.latent_section())
     model = toy.model(config)
