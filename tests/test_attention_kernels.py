@@ -92,14 +92,14 @@ def test_pairs_are_the_blocks_that_are_read_and_one_of_those_that_read_nothing()
     ]
 
 
-def lowered(platform: str, implementation: str) -> str:
-    tokens = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.float32)
-    spec = MaskSpec(*[jax.ShapeDtypeStruct((1, 1024), jnp.int32)] * 4)
+def lowered(platform: str, implementation: str, queries: int = 1024) -> str:
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.float32) for n in (queries, 2**20 // queries))
+    of_q, of_k = (MaskSpec(*[jax.ShapeDtypeStruct(a.shape[:2], jnp.int32)] * 4) for a in (q, k))
 
-    def f(q, k, v, m):
-        return jnp.sum(attend(q, k, v, (m, m), implementation=implementation))
+    def f(q, k, v, *mask):
+        return jnp.sum(attend(q, k, v, mask, implementation=implementation))
 
-    traced = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(tokens, tokens, tokens, spec)
+    traced = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(q, k, k, of_q, of_k)
     try:
         return traced.lower(lowering_platforms=(platform,)).as_text()
     except RuntimeError as error:
@@ -124,6 +124,12 @@ def test_which_platforms_run_kernels(platform, implementation, kernels):
     with attention.noted(platform) as lines:
         lowered(platform, implementation)
     assert len(lines) == 1 and ("Pallas" in next(iter(lines))) == (kernels > 0)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_token_that_is_being_written_runs_no_kernel(platform):
+    text = lowered(platform, "kernels", queries=1)
+    assert "triton" not in text and "tpu_custom_call" not in text and "while" not in text
 
 
 def test_an_unknown_implementation_is_refused():

@@ -129,7 +129,7 @@ def _remade(q, k, v, mask, scale, implementation):
 
 
 def _remade_forward(q, k, v, mask, scale, implementation):
-    ways = _ways(k, mask, implementation)
+    ways = _ways(q, k, mask, implementation)
     _note(q, k, ways)
     ways = {name: functools.partial(way.forward, scale=scale) for name, way in ways.items()}
     # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
@@ -140,18 +140,21 @@ def _remade_forward(q, k, v, mask, scale, implementation):
 
 
 def _remade_backward(scale, implementation, saved, grad):
-    _, k, _, mask, *_ = saved
-    ways = _ways(k, mask, implementation)
+    q, k, _, mask, *_ = saved
+    ways = _ways(q, k, mask, implementation)
     ways = {name: functools.partial(way.backward, scale=scale) for name, way in ways.items()}
     return *jax.lax.platform_dependent(*saved, grad, **ways), None
 
 
-def _ways(k, mask, implementation) -> dict[str, Any]:
+def _ways(q, k, mask, implementation) -> dict[str, Any]:
     """What has a `forward` and a `backward`, by platform."""
     if not isinstance(mask, tuple):
         found = {"cpu": _InBlocks, "default": scores}
     else:
         cpu = gathered if k.shape[2] >= LONG else _InBlocks
+        if q.shape[3] == 1:
+            # A token that is being written: one program a head would walk all the keys, one block at a time.
+            return {"cpu": cpu, "default": _InBlocks}
         found = {"cpu": cpu, "default": blockwise}
         if implementation != "blocks":
             found["cuda"] = attention_gpu
