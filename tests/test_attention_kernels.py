@@ -7,7 +7,7 @@ import pytest
 from mask_toy import random_spec
 
 from umm_jax.errors import ConfigError
-from umm_jax.models import attention, attention_gpu, attention_tpu, scores
+from umm_jax.models import attention, attention_gpu, attention_plain, attention_tpu
 from umm_jax.models.attention import attend
 from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, dense
 from umm_jax.models.mot import MixtureConfig
@@ -47,7 +47,7 @@ def test_kernels_attend_as_one_product_does(kernels, dtype, bound):
     *arguments, mask, grad = arrays(390, 24, dtype)
     found = both(kernels, *arguments, (mask, mask), grad)
     exact = [x.astype(jnp.float32) for x in arguments]
-    expected = both(scores, *exact, dense(mask, mask), grad.astype(jnp.float32))
+    expected = both(attention_plain, *exact, dense(mask, mask), grad.astype(jnp.float32))
     for ours, theirs in zip(found, expected):
         assert ours.shape == theirs.shape
         ours = ours.astype(jnp.float32)
@@ -62,7 +62,7 @@ def test_queries_may_be_fewer_than_keys(kernels):
     last = MaskSpec(*(a[:, 250:290] for a in mask))
     part = (q[:, :, :, 250:290], k, v), grad[:, :, :, 250:290]
     found = both(kernels, *part[0], (last, mask), part[1])
-    for ours, theirs in zip(found, both(scores, *part[0], dense(last, mask), part[1])):
+    for ours, theirs in zip(found, both(attention_plain, *part[0], dense(last, mask), part[1])):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=5e-6)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mask_toy import random_spec
 
-from umm_jax.models import attention, blockwise, gathered
+from umm_jax.models import attention, attention_blocks, attention_gathered
 from umm_jax.models.attention import attend
 from umm_jax.models.masks import (
     CAUSAL,
@@ -75,24 +75,24 @@ def test_blocks_that_do_not_divide_are_refused():
         block_table(one, one, 7, 20)
 
 
-@pytest.fixture(params=["gathered", "blockwise"])
+@pytest.fixture(params=["gathered", "blocks"])
 def schedule(request, monkeypatch):
     """Either way to attend under a mask that is never made whole, whatever the platform."""
     monkeypatch.setattr(attention, "KEPT", 0)
     monkeypatch.setattr(attention, "LONG", 0)
-    if request.param == "blockwise":
+    if request.param == "blocks":
         for name in ("forward", "backward"):
-            monkeypatch.setattr(gathered, name, getattr(blockwise, name))
+            monkeypatch.setattr(attention_gathered, name, getattr(attention_blocks, name))
     return request.param
 
 
 @pytest.fixture
 def small_blocks(schedule, monkeypatch):
     """Several blocks along both sides."""
-    for module in (blockwise, gathered):
+    for module in (attention_blocks, attention_gathered):
         monkeypatch.setattr(module, "QUERIES", 16)
-        monkeypatch.setattr(module, "KEYS", 24 if module is blockwise else 8)
-    monkeypatch.setattr(gathered, "SCORES", 1)
+        monkeypatch.setattr(module, "KEYS", 24 if module is attention_blocks else 8)
+    monkeypatch.setattr(attention_gathered, "SCORES", 1)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])

@@ -1,4 +1,9 @@
-"""Softmax attention behind one entry, :func:`attend`.
+"""Softmax attention behind one entry, :func:`attend`, which chooses among
+
+    attention_plain      all scores at once
+    attention_gathered   for CPUs: some queries at a time, with the keys they may read
+    attention_blocks     for accelerators: blocks of queries and keys, in plain XLA
+    attention_gpu, _tpu  the same as Pallas kernels; attention_kernels is what they share
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads (K divides N), G = N / K,
 H head width.
@@ -14,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from umm_jax.models import attention_gpu, attention_tpu, blockwise, gathered, scores
+from umm_jax.models import attention_blocks, attention_gathered, attention_gpu, attention_plain, attention_tpu
+from umm_jax.models.attention_plain import cut, joined
 from umm_jax.models.masks import MaskSpec, dense
-from umm_jax.models.scores import cut, joined
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
 KEPT = 2**19
@@ -75,7 +80,7 @@ def attend(
     q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if b * n * t * s <= KEPT:
-        out = scores.attended(q, k, v, dense(*mask) if isinstance(mask, tuple) else mask, scale)
+        out = attention_plain.attended(q, k, v, dense(*mask) if isinstance(mask, tuple) else mask, scale)
     else:
         out = _remade(q, k, v, mask, scale, implementation)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
@@ -87,7 +92,7 @@ def _queries(t: int, per_query: int) -> int:
 
 
 class _InBlocks:
-    """As ``scores.py``, for so many queries at a time."""
+    """As ``attention_plain.py``, for so many queries at a time."""
 
     @staticmethod
     def forward(q, k, v, mask, scale):
@@ -95,9 +100,9 @@ class _InBlocks:
         b, kv, g, t, _ = q.shape
         size = _queries(t, b * kv * g * k.shape[2])
         if size == t:
-            return scores.forward(q, k, v, mask, scale)
+            return attention_plain.forward(q, k, v, mask, scale)
         by_query = mask is not None and mask.shape[1] > 1
-        one = lambda x: scores.forward(x[0], k, v, x[1] if by_query else mask, scale)  # noqa: E731
+        one = lambda x: attention_plain.forward(x[0], k, v, x[1] if by_query else mask, scale)  # noqa: E731
         found = jax.lax.map(one, (cut(q, size, 3), cut(mask, size, 1) if by_query else None))
         return tuple(joined(x, 3, t) for x in found)
 
@@ -107,12 +112,12 @@ class _InBlocks:
         b, kv, g, t, _ = q.shape
         size = _queries(t, b * kv * g * k.shape[2])
         if size == t:
-            return scores.backward(q, k, v, mask, out, total, grad, scale)
+            return attention_plain.backward(q, k, v, mask, out, total, grad, scale)
         by_query = mask is not None and mask.shape[1] > 1
 
         def step(sums, x):
             q, out, total, grad, own = x
-            dq, dk, dv = scores.backward(q, k, v, own if by_query else mask, out, total, grad, scale)
+            dq, dk, dv = attention_plain.backward(q, k, v, own if by_query else mask, out, total, grad, scale)
             return (sums[0] + dk, sums[1] + dv), dq
 
         start = (jnp.zeros_like(k), jnp.zeros_like(v))
@@ -149,13 +154,13 @@ def _remade_backward(scale, implementation, saved, grad):
 def _ways(q, k, mask, implementation) -> dict[str, Any]:
     """What has a `forward` and a `backward`, by platform."""
     if not isinstance(mask, tuple):
-        found = {"cpu": _InBlocks, "default": scores}
+        found = {"cpu": _InBlocks, "default": attention_plain}
     else:
-        cpu = gathered if k.shape[2] >= LONG else _InBlocks
+        cpu = attention_gathered if k.shape[2] >= LONG else _InBlocks
         if q.shape[3] == 1:
             # A token that is being written: one program a head would walk all the keys, one block at a time.
             return {"cpu": cpu, "default": _InBlocks}
-        found = {"cpu": cpu, "default": blockwise}
+        found = {"cpu": cpu, "default": attention_blocks}
         if implementation != "blocks":
             found["cuda"] = attention_gpu
         if implementation == "kernels":
@@ -169,10 +174,10 @@ _remade.defvjp(_remade_forward, _remade_backward)
 # --- what is said of it -----------------------------------------------------------------------------------
 
 _WORDS = {
-    scores: "all scores at once, made again for the backward pass",
+    attention_plain: "all scores at once, made again for the backward pass",
     _InBlocks: "scores of some queries at a time",
-    gathered: "some queries at a time, with the keys they may read",
-    blockwise: "blocks that are read, in plain XLA",
+    attention_gathered: "some queries at a time, with the keys they may read",
+    attention_blocks: "blocks that are read, in plain XLA",
     attention_gpu: "blocks that are read, as Pallas kernels (Triton)",
     attention_tpu: "blocks that are read, as Pallas kernels (opt-in: not yet run on a TPU)",
 }

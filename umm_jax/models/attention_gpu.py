@@ -1,4 +1,4 @@
-"""Attention under a mask of :mod:`masks` as kernels for GPUs: ``blockwise.py`` in fast memory.
+"""Attention under a mask of :mod:`masks` as kernels for GPUs: ``attention_blocks.py`` in fast memory.
 
 Plain XLA writes the scores of every block to memory and reads them again, and asks the host before it passes
 over a block. Here a program of the grid owns a block of queries (forward, and for their gradient) or of keys
@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from umm_jax.models.attention_kernels import by_heads, dot, filled, on_each_device, over_groups
+from umm_jax.models.attention_plain import MASKED
 from umm_jax.models.masks import EMPTY, WHOLE, MaskSpec, block_table, visible
-from umm_jax.models.scores import MASKED
 
 
 class Blocks(NamedTuple):

@@ -44,7 +44,7 @@ _ARGUMENTS = (_Q, _K, _K, MaskSpec(*[_MASK] * 4), MaskSpec(*[_MASK] * 4))
 
 
 def on_each_device(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """`forward` and `backward` as ``blockwise`` has them, run by each device on its rows and heads.
+    """`forward` and `backward` as ``attention_blocks`` has them, run by each device on its rows and heads.
 
     The compiler does not split a kernel: without this, every device would get all rows and heads.
 

@@ -1,4 +1,4 @@
-"""Attention under a mask of :mod:`masks` as kernels for TPUs: ``blockwise.py`` in fast memory; opt-in.
+"""Attention under a mask of :mod:`masks` as kernels for TPUs: ``attention_blocks.py`` in fast memory; opt-in.
 
 The blocks of queries and keys that :func:`masks.block_table` leaves in are written down as one list of pairs,
 block after block of queries (for the gradients of keys and values, of keys), and the grid walks this list for
@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from umm_jax.models.attention_kernels import by_heads, dot, filled, on_each_device, over_groups
+from umm_jax.models.attention_plain import MASKED
 from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, block_table, visible
-from umm_jax.models.scores import MASKED
 
 QUERIES, KEYS = 512, 512  # of a block
 

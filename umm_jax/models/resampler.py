@@ -18,6 +18,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.attention_plain import MASKED
 from umm_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -30,7 +31,6 @@ from umm_jax.models.layers import (
     scan,
     stack,
 )
-from umm_jax.models.scores import MASKED
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Attention under a mask of :mod:`masks` for CPUs: each block of queries takes only the keys it may read.
 
-A CPU is fastest with few large products, so a block of queries attends at once, as in ``scores.py``, to
-blocks of keys brought side by side: those that :func:`masks.block_table` leaves in. How many these are is
+A CPU is fastest with few large products, so a block of queries attends at once, as in ``attention_plain.py``,
+to blocks of keys brought side by side: those that :func:`masks.block_table` leaves in. How many these are is
 known when the program runs, and shapes are fixed before, so a block takes the least of a few widths that
 holds them all. Neither mask nor scores are ever made for more than a block of queries.
 
@@ -14,9 +14,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from umm_jax.models import scores
+from umm_jax.models import attention_plain
+from umm_jax.models.attention_plain import cut, joined
 from umm_jax.models.masks import EMPTY, MaskSpec, block_table, dense
-from umm_jax.models.scores import cut, joined
 
 # Of a block: keys, and queries at least. Fewer keys are passed over more exactly and gathered more slowly.
 KEYS, QUERIES = 32, 64
@@ -62,14 +62,14 @@ def _queries(q: jax.Array, s: int) -> int:
 
 
 def forward(q, k, v, mask: tuple[MaskSpec, MaskSpec], scale: float):
-    """As ``scores.forward``, under a mask of (queries, keys)."""
+    """As ``attention_plain.forward``, under a mask of (queries, keys)."""
     t = _queries(q, k.shape[2])
     keys = _Keys(*mask, t)
     k, v = keys.cut(k), keys.cut(v)
 
     def branch(width, q, of_q, order):
         (some_k, some_v), mask = keys.taken(order[:width], of_q, k, v)
-        return scores.forward(q, some_k, some_v, mask, scale)
+        return attention_plain.forward(q, some_k, some_v, mask, scale)
 
     def one(x):
         choice, *rest = x
@@ -80,14 +80,14 @@ def forward(q, k, v, mask: tuple[MaskSpec, MaskSpec], scale: float):
 
 
 def backward(q, k, v, mask: tuple[MaskSpec, MaskSpec], out, total, grad, scale: float):
-    """As ``scores.backward``, in the blocks of :func:`forward`."""
+    """As ``attention_plain.backward``, in the blocks of :func:`forward`."""
     t, n, s = _queries(q, k.shape[2]), q.shape[3], k.shape[2]
     keys = _Keys(*mask, t)
     k, v = keys.cut(k), keys.cut(v)
 
     def branch(width, sums, q, of_q, order, out, total, grad):
         (some_k, some_v), mask = keys.taken(order[:width], of_q, k, v)
-        dq, *new = scores.backward(q, some_k, some_v, mask, out, total, grad, scale)
+        dq, *new = attention_plain.backward(q, some_k, some_v, mask, out, total, grad, scale)
         new = [cut(x, keys.size, 2) for x in new]
         return tuple(a.at[order[:width]].add(x) for a, x in zip(sums, new)), dq
 

@@ -1,4 +1,4 @@
-"""Attention whose scores are made whole: what :mod:`attention` and :mod:`gathered` do with a block.
+"""Attention whose scores are made whole: what :mod:`attention` and :mod:`attention_gathered` do with a block.
 
 Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H], mask bool [B, T or 1, S] or None for
 everything.

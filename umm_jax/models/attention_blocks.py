@@ -4,7 +4,7 @@ For each block of queries the blocks of keys are walked once, with a running max
 arXiv 2205.14135): memory grows with the number of tokens, not with its square. Blocks that nobody reads are
 passed over, which for a causal stream is half of them, and for packed samples most. The backward pass makes
 the scores again from queries, keys and one number per query. Plain XLA, for accelerators; for
-a CPU see ``gathered.py``.
+a CPU see ``attention_gathered.py``.
 
 Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H]. :func:`forward` and :func:`backward`
 are the two sides of ``attention.attend``, which is where they are put together.
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from umm_jax.models.attention_plain import MASKED, cut, joined
 from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, block_table, visible
-from umm_jax.models.scores import MASKED, cut, joined
 
 QUERIES, KEYS = 512, 1024  # of a block, at most
 
