@@ -17,7 +17,9 @@ def version() -> str:
     return re.search(r'__version__ = "([^"]+)"', (HERE / "umm_jax" / "__init__.py").read_text())[1]
 
 
-TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11"]
+DATA = ["pyarrow>=15.0"]
+TFDS = ["tensorflow-datasets>=4.9.7"]  # reads ArrayRecord without TensorFlow
+TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11", *DATA, *TFDS]
 TORCH = ["torch>=2.13", "transformers>=5.24", "diffusers>=0.42"]
 # The tests' torch is the CPU build that Python 3.11 can have. Newer Pythons would get gigabytes of CUDA from
 # the default index: there the tests that need torch are skipped, unless somebody installs the torch extra.
@@ -42,7 +44,9 @@ setup(
         "test-core": TEST,
         # Reading .bin files, and the stock classes that exports of parts are tested against.
         "torch": TORCH,
-        "tfds": ["tensorflow-datasets>=4.9.7"],
+        # Importing parquet and arrow files.
+        "data": DATA,
+        "tfds": TFDS,
         # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.
         "plan": ["libtpu"],
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -265,10 +265,10 @@ def test_the_frames_of_a_video_are_one_split_with_one_time():
 
 
 def test_what_the_loader_needs_is_said_by_the_axes(tmp_path):
+    from umm_jax.data.making import make_records
     from umm_jax.data.pipeline import make_loader
-    from umm_jax.data.synthesis import synthesize
 
-    out = synthesize(toy.conversation, 6, tmp_path / "data", how={}, shards=1)
+    out = make_records(toy.conversation, 6, tmp_path / "data", how={}, shards=1)
     source = {"path": str(tmp_path / "data")}
     base = dict(sources=[source], tokens=160, images=4, batch_size=2, packing="none")
     make = lambda **more: config.from_dict(config.DataConfig, base | more)  # noqa: E731
@@ -299,10 +299,10 @@ def test_what_the_loader_needs_is_said_by_the_axes(tmp_path):
 
 
 def test_pictures_are_made_smaller_where_a_row_is_too_short_for_them(tmp_path):
+    from umm_jax.data.making import make_records
     from umm_jax.data.pipeline import make_loader
-    from umm_jax.data.synthesis import synthesize
 
-    synthesize(toy.conversation, 6, tmp_path / "data", how={}, shards=1)
+    make_records(toy.conversation, 6, tmp_path / "data", how={}, shards=1)
     base = dict(
         sources=[{"path": str(tmp_path / "data")}], tokens=160, images=4, batch_size=2, packing="none"
     )

@@ -16,7 +16,7 @@ from umm_jax import cli, families
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
 from umm_jax.data.inspect import open_any, statistics
-from umm_jax.data.synthesis import synthesize
+from umm_jax.data.making import make_records
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.demo import demo
 from umm_jax.errors import ConfigError, DataError
@@ -143,7 +143,7 @@ def record(index: int) -> Conversation:
 
 
 def test_inspect_and_stats(capsys, tmp_path):
-    synthesize(record, 5, tmp_path / "data", how={"test": True}, shards=2)
+    make_records(record, 5, tmp_path / "data", how={"test": True}, shards=2)
     status, out, _ = umm(capsys, "data", "inspect", str(tmp_path / "data"), "--index=3", "--count=9")
     assert status == 0 and "records 3 to 4 of 5" in out
     for expected in ("record r3", "CC0-1.0", "where is the dot", "6 x 4 image/png", "0.250", "depends on 0"):

@@ -13,9 +13,9 @@ from umm_jax.config import DataConfig, SourceConfig, from_dict
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
 from umm_jax.data import cutting, importers
 from umm_jax.data.cutting import Cutter, Piece, Rule, after_image, fit_document, join, merged, row_end, select
+from umm_jax.data.making import make_records
 from umm_jax.data.packing import pack_row
 from umm_jax.data.pipeline import make_loader
-from umm_jax.data.synthesis import synthesize
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.mm_interleaved.stream import Serializer
 from umm_jax.stream import check_stream, stream_length
@@ -280,8 +280,8 @@ class Make:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("cut")
-    synthesize(Make(), 20, base / "web", how={}, shards=2)
-    synthesize(Make(100, images=(1, 2)), 20, base / "pairs", how={}, shards=2)
+    make_records(Make(), 20, base / "web", how={}, shards=2)
+    make_records(Make(100, images=(1, 2)), 20, base / "pairs", how={}, shards=2)
     return {name: str(base / name) for name in ("web", "pairs")}
 
 
@@ -432,7 +432,7 @@ def test_too_long_documents_are_counted_once(folders):
 
 def test_rows_that_never_hold_an_image_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("umm_jax.data.cut_rows._PATIENCE", 20)
-    synthesize(Make(images=(0, 1)), 4, tmp_path / "d", how={}, shards=1)
+    make_records(Make(images=(0, 1)), 4, tmp_path / "d", how={}, shards=1)
     data = DataConfig((SourceConfig(str(tmp_path / "d")),), packing="cut", tokens=30)
     with make_loader(data, serializer()) as loader:
         with pytest.raises(DataError, match="20 rows in a row hold no image"):

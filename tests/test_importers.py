@@ -12,8 +12,8 @@ from umm_jax import cli
 from umm_jax.conversation import Image, Text
 from umm_jax.data import importers
 from umm_jax.data.importing import Import, Lines
+from umm_jax.data.making import make_records
 from umm_jax.data.records import open_source
-from umm_jax.data.synthesis import synthesize
 from umm_jax.errors import ConfigError, DataError, Interrupted
 
 GREY = {name: 20 * k for k, name in enumerate("abcdefgh")}
@@ -307,7 +307,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def into(out: Path, make: Import, **options):
-    return synthesize(make, len(make), out, how=make.recipe(), **{"shards": 4, **options})
+    return make_records(make, len(make), out, how=make.recipe(), **{"shards": 4, **options})
 
 
 def test_what_is_left_out_is_counted_in_the_manifest(tmp_path, images, mixed):

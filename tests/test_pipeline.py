@@ -9,8 +9,8 @@ from test_records import SHARD, make_folder, write_raw
 
 from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
+from umm_jax.data.making import make_records
 from umm_jax.data.pipeline import make_loader
-from umm_jax.data.synthesis import synthesize
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Feature, StreamSpec
 
@@ -62,7 +62,7 @@ class Varied:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "a"
-    synthesize(Varied(), 40, out, how={}, shards=3)
+    make_records(Varied(), 40, out, how={}, shards=3)
     return str(out)
 
 
@@ -166,7 +166,7 @@ def test_processes_share_an_epoch_without_overlap(folder):
 
 
 def test_sources_are_mixed_by_weight(folder, tmp_path):
-    synthesize(Varied(first=0x3041, letters=(1, 3)), 7, tmp_path / "b", how={}, shards=1)
+    make_records(Varied(first=0x3041, letters=(1, 3)), 7, tmp_path / "b", how={}, shards=1)
     data = config(
         SourceConfig(folder, 0.75), SourceConfig(str(tmp_path / "b"), 0.25), packing="none", batch_size=8
     )

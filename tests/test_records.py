@@ -15,8 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, RecordError, TaskCall, Text, Turn
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.data.inspect import open_any, preview, show, stats, write_html
+from umm_jax.data.making import make_records
 from umm_jax.data.records import ShardWriter, file_sha256, open_source, write_manifest
-from umm_jax.data.synthesis import synthesize
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import ConfigError, DataError, Interrupted, StorageError
 
@@ -45,7 +45,7 @@ HOW = {"source": "test", "seed": 0}
 
 
 def make_folder(out: Path, count: int = 10, shards: int = 3, **options):
-    return synthesize(options.pop("make", Make()), count, out, how=HOW, shards=shards, **options)
+    return make_records(options.pop("make", Make()), count, out, how=HOW, shards=shards, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -106,13 +106,13 @@ def test_another_recipe_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"made another way \(count: 10 != 11\)"):
         make_folder(tmp_path / "d", count=11)
     with pytest.raises(DataError, match=r"how.seed: 0 != 1"):
-        synthesize(Make(1), 10, tmp_path / "d", how={**HOW, "seed": 1}, shards=3)
+        make_records(Make(1), 10, tmp_path / "d", how={**HOW, "seed": 1}, shards=3)
     (tmp_path / "e").mkdir()
     (tmp_path / "e/precious.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty, and not made here"):
         make_folder(tmp_path / "e")
     with pytest.raises(ConfigError, match="plain JSON"):
-        synthesize(Make(), 10, tmp_path / "f", how={"x": object()})
+        make_records(Make(), 10, tmp_path / "f", how={"x": object()})
     with pytest.raises(ConfigError, match="positive"):
         make_folder(tmp_path / "f", count=0)
 

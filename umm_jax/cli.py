@@ -147,27 +147,30 @@ def parser() -> argparse.ArgumentParser:
     )
 
     p = command(of_data, "import", _import, "Bring a public data set into ArrayRecord shards.")
-    p.add_argument("--kind", required=True, help="which data set: pairs, mmc4 (see data/importers)")
-    p.add_argument(
-        "--from", dest="annotations", required=True, help="an annotation file, or a folder of them"
-    )
-    p.add_argument("--images", required=True, help="folder the names of its pictures start from")
+    p.add_argument("kind", metavar="FORMAT", help="which data set; `umm data formats` lists them")
+    p.add_argument("annotations", metavar="SRC", help="an annotation file, or a folder of them")
+    p.add_argument("--images", help="folder the names of pictures start from")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the importer"
     )
     p.add_argument("--seed", type=int, default=0, help="of what is drawn: another seed, other choices")
     p.add_argument(
-        "--missing",
-        default="refuse",
-        choices=["refuse", "drop"],
-        help="stop at a picture that cannot be read, or leave it out and count it",
+        "--max-rejected",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of records, and of pictures, that may be broken before the import fails (default: 0.05)",
     )
+    p.add_argument("--max-pixels", type=_positive, help="of a picture (default: 64 million)")
+    p.add_argument("--max-bytes", type=_positive, help="of an encoded picture (default: 20 MiB)")
     p.add_argument("--source", default="", help="name of the source in the records (default: the kind)")
     p.add_argument("--license", default="", help="terms the records may be used under")
     p.add_argument("--split", default="train", help="name of the split")
     p.add_argument("--shards", type=_positive, default=8, help="number of files")
     p.add_argument("--workers", type=int, default=1, help="processes that import")
+
+    command(of_data, "formats", _formats, "List what import reads.")
 
     p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
     p.add_argument("path", help="a folder of shards, one of them, or a .json, .jsonl or .msgpack file")
@@ -333,7 +336,7 @@ def _synthesize(args) -> None:
     from tqdm import tqdm
 
     from umm_jax.config import to_dict
-    from umm_jax.data.synthesis import synthesize
+    from umm_jax.data.making import make_records
     from umm_jax.world.dialogue import VERSION
 
     run, world = _world(args)
@@ -345,7 +348,7 @@ def _synthesize(args) -> None:
     how["split"] = args.split
     make = functools.partial(_nth_dialogue, world, seed, args.split)
     with tqdm(total=count, desc="synthesize", unit=" dialogues", disable=None) as bar:
-        source = synthesize(
+        source = make_records(
             make,
             count,
             args.out,
@@ -361,22 +364,25 @@ def _synthesize(args) -> None:
 def _import(args) -> None:
     from tqdm import tqdm
 
+    from umm_jax.data.gate import Limits
     from umm_jax.data.importing import Import
-    from umm_jax.data.synthesis import synthesize
+    from umm_jax.data.making import make_records
+    from umm_jax.data.quarantine import FILE
 
+    chosen = {"pixels": args.max_pixels, "bytes": args.max_bytes}
     make = Import(
         args.kind,
         args.annotations,
         args.images,
         settings=_settings(args.set),
+        limits=Limits(**{name: limit for name, limit in chosen.items() if limit}),
         seed=args.seed,
-        missing=args.missing,
         source=args.source,
         license=args.license,
         split=args.split,
     )
     with tqdm(total=len(make), desc="import", unit=" records", disable=None) as bar:
-        source = synthesize(
+        source = make_records(
             make,
             len(make),
             args.out,
@@ -384,13 +390,24 @@ def _import(args) -> None:
             shards=args.shards,
             workers=args.workers,
             name=args.split,
+            max_rejected=args.max_rejected,
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    left_out = source.manifest.get("left_out", {})
-    make.check(args.out, left_out)
     print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
-    for reason, count in left_out.items():
-        print(f"left out: {count} {reason}")
+    for kind, counts in source.manifest.get("counts", {}).items():
+        for reason, count in counts.items():
+            if kind not in ("pictures", "licenses"):
+                print(f"{kind}: {count} {reason}")
+    if (Path(args.out) / FILE).exists():
+        print(f"what was rejected, and why: {Path(args.out) / FILE}")
+
+
+def _formats(args) -> None:
+    from umm_jax.data import importers
+
+    for kind in importers.names():
+        module = importers.get(kind)
+        print(f"{kind:16} {module.__doc__.splitlines()[0]}")
 
 
 def _nth_dialogue(world, seed: int, split: str, index: int):

@@ -1,45 +1,43 @@
-"""Bringing public data sets into records: their annotations, their pictures, and what goes wrong in them.
+"""Bringing foreign data sets into records: their annotations, their pictures, and what goes wrong in them.
 
-Lines of annotations are records in the order of the files' names; a record's choices are drawn from the seed
-and its number, so that it is the same however and however often the import is run. A picture that is missing
-or broken stops the import, or is left out and counted where the user said so: no other takes its place.
+An importer (``data/importers``) says what an entry means; everything else is here: drawing from a seed,
+letting pictures in, checking texts, naming records, counting what is not let in. A record's choices come from
+the seed and its number, so that it is the same however and however often the import is run.
 """
 
-import fnmatch
-import hashlib
-import io
-import json
-import warnings
-import zipfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+import base64
+import binascii
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from umm_jax.config import from_dict, to_dict
-from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
+from umm_jax.conversation import LEARNED, Conversation, Image, ImageData, Part, RecordError, Text, Turn
 from umm_jax.data import importers
-from umm_jax.data.synthesis import Noted
+from umm_jax.data.entries import Entry
+from umm_jax.data.gate import Gate, Limits
+from umm_jax.data.making import Made
+from umm_jax.data.quarantine import LeftOut, Rejected, Tally
 from umm_jax.errors import ConfigError, DataError
 
-LOST = ("pictures missing", "pictures broken")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format that Pillow hands to another program
-_LARGEST = 8 << 30  # bytes of an unpacked annotation file; more is no annotation file
+LONGEST_TEXT = 50_000  # letters of one part; whole books are no turns
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
+_DATA_URL = re.compile(r"data:[\w/+.-]*;base64,", re.ASCII)
 
 
 class Import:
-    """Record `index` of a data set, for :func:`synthesis.synthesize`.
+    """Record `index` of a data set, for :func:`making.make_records`.
 
     Args:
         kind: name of the importer.
-        annotations: an annotation file, or a folder of them.
-        images: the folder their picture names start from.
+        path: its annotation file, or a folder of them.
+        images: the folder their picture names start from; without it no picture is looked for by name.
         settings: what differs from the importer's Settings.
-        missing: "refuse" stops at a picture that cannot be read, "drop" leaves it out and counts it.
-        source, license: written into every record.
+        source, license: written into every record; the importer's own unless given.
 
     Raises:
         ConfigError: unknown kind or setting. DataError: no such files, or none of that kind.
@@ -48,213 +46,226 @@ class Import:
     def __init__(
         self,
         kind: str,
-        annotations: str | Path,
-        images: str | Path,
+        path: str | Path,
+        images: str | Path | None = None,
         *,
         settings: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
-        missing: str = "refuse",
         source: str = "",
         license: str = "",
         split: str = "train",
     ):
         module = importers.get(kind)
-        self.kind, self.seed, self.missing = kind, seed, missing
+        self.kind, self.seed = kind, seed
         self.settings = from_dict(module.Settings, settings or {}, f"{kind} settings")
-        self.images = Path(images)
-        if not self.images.is_dir():
+        self.images = None if images is None else Path(os.path.realpath(images))
+        if self.images is not None and not self.images.is_dir():
             raise DataError(f"{images}: no such folder of pictures")
-        self.facts = {"source": source or kind, "license": license, "split": split}
-        self.lines = Lines(annotations, module.PATTERNS)
+        self.facts = {"source": source or kind, "license": license or module.LICENSE, "split": split}
+        self.entries = module.entries(Path(path), self.settings)
+        self.gate = Gate(limits or Limits())
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.entries)
 
     def recipe(self) -> dict[str, Any]:
-        """From which the same records could be made again; see the `how` of synthesize.
-
-        `missing` is no part of it: what was made without a missing picture is the same either way, and may be
-        kept when an import that was refused goes on with "drop".
-        """
+        """From which the same records could be made again; see the `how` of make_records."""
         facts = {"importer": self.kind, "version": importers.get(self.kind).VERSION, "seed": self.seed}
-        return {**facts, **self.facts, "settings": to_dict(self.settings), "annotations": self.lines.digest()}
+        limits = to_dict(self.gate.limits)
+        del limits["seconds"]  # how patient one is says nothing about the data
+        settings = {"settings": to_dict(self.settings), "limits": limits}
+        return {**facts, **self.facts, **settings, "annotations": self.entries.digest()}
 
-    def check(self, out: str | Path, left_out: Mapping[str, int]) -> None:
-        """Raises DataError where `out` lacks pictures it must not lack: an earlier run said "drop"."""
-        lost = {reason: count for reason, count in left_out.items() if reason in LOST}
-        if lost and self.missing != "drop":
-            said = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-            raise DataError(
-                f"{out}: made with --missing=drop, which left out {said}; say so again, or make it anew"
-            )
-
-    def __call__(self, index: int) -> Noted:
-        """Raises DataError that names file, line and record."""
-        file, number, line = self.lines[index]
-        pictures = Pictures(self.images, self.missing)
+    def __call__(self, index: int) -> Made:
+        """Raises DataError where the file cannot be read; what is wrong with an entry is in the tally."""
+        entry, module = self.entries[index], importers.get(self.kind)
+        draft = Draft(self, index, entry)
+        rng = np.random.default_rng([self.seed, index])
         try:
-            entry = parse(line)
-            rng = np.random.default_rng([self.seed, index])
-            parts = importers.get(self.kind).document(entry, self.settings, rng, pictures)
-        except DataError as error:
-            raise DataError(f"{file}, line {number} (record {index}): {error}") from None
-        made = None if parts is None else self._record(f"{file.name.partition('.')[0]}-{number}", parts)
-        return Noted(made, pictures.left_out)
-
-    def _record(self, name: str, parts: Sequence[str | ImageData]) -> Conversation:
-        images, laid = {}, []
-        for part in parts:
-            if isinstance(part, str):
-                laid += [Text(part)] if part else []
-            else:
-                laid.append(Image(f"i{len(images)}"))
-                images[f"i{len(images)}"] = part
-        return Conversation(
-            f"{self.facts['source']}-{name}",
-            (Turn("document", tuple(laid), loss=True),),
-            images,
-            provenance=(f"imported as {self.kind}",),
-            **self.facts,
-        )
+            value = entry.value(python=getattr(module, "PYTHON_LITERALS", False))
+            module.conversation(value, self.settings, rng, draft)
+            return Made(draft.finish(), draft.tally)
+        except LeftOut as error:
+            draft.tally.count("left out", str(error))
+        except (Rejected, RecordError) as error:
+            rejected = error if isinstance(error, Rejected) else Rejected("unusable record", str(error))
+            draft.tally.reject("record", rejected, index, entry.where, entry.raw)
+        return Made(None, draft.tally)
 
 
-# --- annotations ----------------------------------------------------------------------------------
+class Draft:
+    """A conversation in the making: an importer adds turns to it, and pictures by whatever it has of them."""
 
-
-class Lines(Sequence):
-    """The lines of annotation files that are not blank, plain or in a .zip; one file is held at a time."""
-
-    def __init__(self, path: str | Path, patterns: Sequence[str]):
-        self.files = _find(Path(path), patterns)
-        self.counts = [len(self._read(file)) for file in self.files]
-        self._held: tuple[int, list] | None = None
+    def __init__(self, of: Import, index: int, entry: Entry):
+        self.tally = Tally()
+        self._of, self._index, self._entry = of, index, entry
+        self._turns: list[Turn] = []
+        self._images: dict[str, ImageData] = {}
+        self._refs: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return sum(self.counts)
+        """Turns so far."""
+        return len(self._turns)
 
-    def __getitem__(self, index: int) -> tuple[Path, int, bytes]:
-        """(file, number of the line counted from 1, the line)."""
-        position = index
-        for k, count in enumerate(self.counts):
-            if 0 <= position < count:
-                if self._held is None or self._held[0] != k:
-                    self._held = (k, self._read(self.files[k]))
-                return (self.files[k], *self._held[1][position])
-            position -= count
-        raise IndexError(f"record {index} of {len(self)}")
+    # --- pictures ---
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}  # worker processes read what they need
+    def image(self, source: Any) -> Image:
+        """A picture that the record cannot do without; the same one twice is stored once.
 
-    def digest(self) -> str:
-        """Tells these files from others, by names, sizes and numbers of lines."""
-        facts = [[file.name, file.stat().st_size, count] for file, count in zip(self.files, self.counts)]
-        return f"{len(facts)} files, {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+        Args:
+            source: encoded bytes; a name below the folder of pictures; a data: URL; or what the datasets
+                library makes of a picture, {"bytes": ..., "path": ...}.
 
-    @staticmethod
-    def _read(file: Path) -> list[tuple[int, bytes]]:
+        Raises:
+            Rejected: it is not let in, and so the record is not either.
+        """
+        self.tally.count("pictures", "looked at")
         try:
-            data = _unpacked(file) if file.suffix == ".zip" else file.read_bytes()
+            image, changes = self._of.gate.admit(self._bytes(source))
+        except Rejected as error:
+            shown = source if isinstance(source, str) else f"a picture of {self._entry.where}"
+            named = Rejected(error.reason, f"{shown[:200]}: {error}")
+            self.tally.reject("picture", named, self._index, self._entry.where, self._entry.raw)
+            raise named from None
+        for change in changes:
+            self.tally.count("changed pictures", change)
+        ref = self._refs.setdefault(image.sha256, f"i{len(self._refs)}")
+        self._images[ref] = image
+        return Image(ref)
+
+    def image_if_good(self, source: Any) -> Image | None:
+        """A picture that the record can do without: None where it is not let in, which is counted."""
+        try:
+            return self.image(source)
+        except Rejected:
+            return None
+
+    def size(self, image: Image) -> tuple[int, int]:
+        """(width, height) of a picture of this draft."""
+        return self._images[image.ref].width, self._images[image.ref].height
+
+    def _bytes(self, source: Any) -> bytes:
+        match source:
+            case bytes() | bytearray() | memoryview():
+                return bytes(source)
+            case {"bytes": bytes(data)}:
+                return data
+            case {"path": str(name)} | str(name):
+                return _from_url(name) if _DATA_URL.match(name) else self._from_folder(name)
+        raise Rejected("no picture", f"expected a name or bytes, got {type(source).__name__}")
+
+    def _from_folder(self, name: str) -> bytes:
+        root = self._of.images
+        if _URL.match(name):
+            raise Rejected("picture by URL", "nothing is fetched; download pictures first")
+        if root is None:
+            raise Rejected("missing picture", "a name, but no folder of pictures was given (--images)")
+        try:
+            path = Path(os.path.realpath(root / name))
+        except ValueError as error:
+            raise Rejected("picture outside", f"no name of a file: {error}") from None
+        if not name or os.path.isabs(name) or not path.is_relative_to(root) or path == root:
+            raise Rejected("picture outside", f"leads out of {root}")
+        try:
+            if not path.is_file():
+                raise Rejected("missing picture", f"no such file in {root}")
+            if (size := path.stat().st_size) > self._of.gate.limits.bytes:
+                limit = self._of.gate.limits.bytes
+                raise Rejected("too many bytes", f"{size} bytes, {limit} are allowed")
+            return path.read_bytes()
         except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
-        return [(n, line) for n, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+            raise Rejected("missing picture", error.strerror or str(error)) from None
+
+    # --- turns ---
+
+    def turn(
+        self,
+        role: str,
+        *parts: str | Part,
+        op: str | None = None,
+        depends_on: Iterable[int] = (),
+        loss: bool | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Adds a turn and gives its index. Texts may be plain strings; empty ones are no parts.
+
+        `loss` is that of the role unless said: assistants and documents are learned.
+
+        Raises:
+            Rejected: an empty turn, or a text that is too long or no Unicode.
+        """
+        laid = [checked(part) if isinstance(part, str) else part for part in parts]
+        kept = tuple(part for part in laid if not isinstance(part, Text) or part.text)
+        if not any(not isinstance(part, Text) or part.text.strip() for part in kept):
+            raise Rejected("empty turn", f"turn {len(self)} ({role}) says nothing")
+        learned = role in LEARNED if loss is None else loss
+        self._turns.append(Turn(role, kept, learned, tuple(sorted(set(depends_on))), op, dict(meta or {})))
+        return len(self) - 1
+
+    def finish(self) -> Conversation:
+        """The conversation. Raises Rejected if it has no turns, RecordError if it is no valid record."""
+        if not self._turns:
+            raise Rejected("empty dialogue", "no turns")
+        shown = {part.ref for turn in self._turns for part in turn.parts if isinstance(part, Image)}
+        made = Conversation(
+            f"{self._of.facts['source']}-{self._entry.name}",
+            tuple(self._turns),
+            {ref: image for ref, image in self._images.items() if ref in shown},
+            provenance=(f"imported as {self._of.kind}",),
+            **self._of.facts,
+        )
+        made.validate()
+        return made
 
 
-def _find(path: Path, patterns: Sequence[str]) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such annotation file or folder")
-    found = sorted(p for p in path.iterdir() if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns))
-    if not found:
-        raise DataError(f"{path}: holds no annotation files ({', '.join(patterns)})")
-    twice = [p for p in found if p.with_name(p.name + ".zip") in found]
-    if twice:
-        raise DataError(f"{twice[0]}: is there packed and unpacked; remove one of the two")
-    return found
-
-
-def _unpacked(file: Path) -> bytes:
+def _from_url(url: str) -> bytes:
     try:
-        with zipfile.ZipFile(file) as packed:
-            names = packed.namelist()
-            name = file.name.removesuffix(".zip")
-            if name not in names and len(names) != 1:
-                raise DataError(f"{file}: holds {len(names)} files and none called {name}")
-            member = packed.getinfo(name if name in names else names[0])
-            if member.file_size > _LARGEST:
-                raise DataError(f"{file}: {member.file_size} bytes unpacked are no annotation file")
-            return packed.read(member)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{file}: damaged, or no zip file ({error})") from None
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("damaged picture", f"a data URL that is not base64: {error}") from None
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """One line as a JSON object. Raises DataError that says what it is instead."""
+# --- what importers check -------------------------------------------------------------------------
+
+
+def checked(text: str) -> Text:
+    """A part of `text`. Raises Rejected where it is too long, or could not be written."""
+    if len(text) > LONGEST_TEXT:
+        raise Rejected("text too long", f"{len(text)} letters, {LONGEST_TEXT} are allowed")
     try:
-        entry = json.loads(line)
-    except ValueError as error:
-        if line.lstrip().startswith(b"{'"):
-            raise DataError("a Python dict in single quotes, not JSON; write it with json.dumps") from None
-        raise DataError(f"not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise DataError(f"expected a JSON object, got {type(entry).__name__}")
-    return entry
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected("text that is no Unicode", f"half a surrogate pair at letter {error.start}") from None
+    if "\0" in text:
+        raise Rejected("text with NUL", f"a NUL at letter {text.index(chr(0))}")
+    return Text(text)
 
 
 def want(entry: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """The value called `name`, of one of the types `kind`. Raises DataError."""
+    """The value called `name`, of one of the types `kind`. Raises Rejected."""
     if not isinstance(entry, Mapping) or name not in entry:
-        raise DataError(f"{name!r} is missing")
+        raise Rejected("field missing", f"{name!r} is missing")
     value = entry[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{name!r} must be {kinds}, got {value!r}")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise Rejected("field of another type", f"{name!r} must be {_names(kinds)}, got {str(value)[:200]!r}")
     return value
+
+
+def want_strings(entry: Any, name: str) -> list[str]:
+    """The list of strings called `name`. Raises Rejected."""
+    found = want(entry, name, list)
+    if not all(isinstance(text, str) for text in found):
+        raise Rejected("field of another type", f"{name!r} must be a list of strings")
+    return found
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
 
 
 def fraction(name: str, value: float) -> None:
     """Raises ConfigError unless `value` is a share."""
     if not 0 <= value <= 1:
         raise ConfigError(f"{name} is a share from 0 to 1, it is {value}")
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-class Pictures:
-    """Reads the pictures of one record, and counts what of it is left out."""
-
-    def __init__(self, folder: Path, missing: str):
-        self.folder, self.missing = folder, missing
-        self.left_out: Counter[str] = Counter()
-
-    def see(self, name: str) -> ImageData | None:
-        """The picture `name` of the folder, decoded once to be sure of it; None where it is to be left out.
-
-        Raises:
-            DataError: it cannot be read and must not be left out; or the name leads out of the folder.
-        """
-        pure = PurePosixPath(name)
-        if not name or pure.is_absolute() or ".." in pure.parts:
-            raise DataError(f"picture {name!r} leads out of {self.folder}")
-        try:
-            data = (self.folder / pure).read_bytes()
-        except OSError as error:
-            return self._lost(LOST[0], f"picture {self.folder / pure}: {error.strerror or error}")
-        try:
-            with warnings.catch_warnings():
-                # A small file may unpack to gigabytes; Pillow only warns at first.
-                warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-                with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                    mime, (width, height) = picture.get_format_mimetype(), picture.size
-                    picture.convert("RGB")
-        except Exception as error:  # Pillow raises many kinds, all of which mean the same here
-            what = "no picture of a known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-            return self._lost(LOST[1], f"picture {self.folder / pure}: {what}")
-        return ImageData(data, mime, width, height)
-
-    def _lost(self, reason: str, message: str) -> None:
-        if self.missing != "drop":
-            raise DataError(f"{message}; mend it, or leave such pictures out with --missing=drop")
-        self.left_out[reason] += 1

@@ -25,7 +25,7 @@ from umm_jax.data.files import finish, storage_errors, write_atomic
 from umm_jax.errors import DataError, StorageError
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"  # the recipe of a folder still being written; see synthesis
+UNFINISHED = "unfinished.json"  # the recipe of a folder still being written; see making
 _PART = ".part"
 
 
@@ -110,12 +110,13 @@ def write_manifest(
     name: str,
     shards: Sequence[Shard],
     how: Mapping[str, Any],
-    left_out: Mapping[str, int] | None = None,
+    counts: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
     """Declares the folder finished.
 
     Args:
-        how: says in plain JSON values how the records were made. left_out: counts of what was not, by reason.
+        how: says in plain JSON values how the records were made.
+        counts: of licences, and of what was rejected or left out, by kind and reason; see ``quarantine``.
     """
     manifest = {
         "schema": SCHEMA,
@@ -123,7 +124,7 @@ def write_manifest(
         "records": sum(shard.records for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "how": dict(how),
-        **({"left_out": dict(sorted(left_out.items()))} if left_out else {}),
+        "counts": dict(counts or {}),
         "shards": [asdict(shard) for shard in shards],
     }
     write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -1,12 +1,15 @@
-"""Public data sets by name, one file each. A new data set is a new file here; its name is its --kind.
+"""Public data sets by name, one file each. A new data set is a new file here; its name is its kind.
 
-    PATTERNS     names of its annotation files, for where a folder is given
-    VERSION      raised when the same annotations would give other records
-    Settings     a frozen dataclass of what can be chosen
-    document     (entry, settings, rng, pictures) -> texts and pictures in their order, or None
+    VERSION         raised when the same annotations would give other records
+    LICENSE         the terms its authors give (SPDX where there is one); "" where they vary
+    Settings        a frozen dataclass of what can be chosen
+    entries         (path, settings) -> data.entries.Entries, mostly Entries(path, (names, of, files))
+    conversation    (entry, settings, rng, draft): adds the turns of one entry to `draft`
 
-An entry is one line of the annotations, read as JSON; `pictures.see(name)` reads a picture. What is left out
-is counted in `pictures.left_out`. Everything else (finding, reading, seeding) is done in ``data.importing``.
+`conversation` gets the values of one entry by name. ``importing.want`` reads them, and ``draft.image`` lets
+pictures in. It raises Rejected where the entry is broken and LeftOut where the settings do not want it;
+everything else (seeding, naming, counting, quarantine) is done in ``data.importing``. A module that sets
+PYTHON_LITERALS gets dicts in single quotes too.
 """
 
 import importlib

@@ -9,16 +9,19 @@ The pictures are files of their own, downloaded by whoever uses the data.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from umm_jax.conversation import ImageData
-from umm_jax.data.importing import Pictures, fraction, want
-from umm_jax.errors import ConfigError, DataError
+from umm_jax.conversation import Image
+from umm_jax.data.entries import Entries
+from umm_jax.data.importing import Draft, fraction, want, want_strings
+from umm_jax.data.quarantine import LeftOut, Rejected
+from umm_jax.errors import ConfigError
 
-PATTERNS = ("docs_*.jsonl", "docs_*.jsonl.zip")
-VERSION = 1
+VERSION = 2
+LICENSE = "ODC-BY-1.0"
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,23 @@ class Settings:
             raise ConfigError(f"max_images must be at least 1, it is {self.max_images}")
 
 
-def document(
-    entry: Mapping[str, Any], settings: Settings, rng: np.random.Generator, pictures: Pictures
-) -> list[str | ImageData] | None:
+def entries(path: Path, settings: Settings) -> Entries:
+    return Entries(path, ("docs_*.jsonl", "docs_*.jsonl.zip"))
+
+
+def conversation(
+    entry: Mapping[str, Any], settings: Settings, rng: np.random.Generator, draft: Draft
+) -> None:
     """The sentences joined by blanks, each picture before or after the sentence it matches."""
-    sentences = want(entry, "text_list", list)
-    if not all(isinstance(sentence, str) for sentence in sentences):
-        raise DataError("'text_list' must be a list of strings")
-    found = _matched(entry, len(sentences), settings, pictures)
+    sentences = want_strings(entry, "text_list")
+    found = _matched(entry, len(sentences), settings, draft)
     if not found:
-        pictures.left_out["pages without a picture"] += 1
-        return None
+        raise LeftOut("pages without a picture")
     chosen = [found[k] for k in rng.permutation(len(found))[: settings.max_images]]
     if len(chosen) == 1 and rng.random() >= settings.keep_single:
-        pictures.left_out["pages with one picture"] += 1
-        return None
+        raise LeftOut("pages with one picture")
     chosen.sort(key=lambda pair: pair[0])  # of the same sentence, in the order in which they were drawn
-    parts: list[str | ImageData] = []
+    parts: list[str | Image] = []
     for k, sentence in enumerate(sentences):
         here = [picture for at, picture in chosen if at == k]
         before = int(np.count_nonzero(rng.random(len(here)) < settings.image_first))
@@ -70,22 +73,23 @@ def document(
         else:
             parts.append(sentence)
         parts += here[before:]
-    return parts
+    draft.turn("document", *parts)
 
 
 def _matched(
-    entry: Mapping[str, Any], sentences: int, settings: Settings, pictures: Pictures
-) -> list[tuple[int, ImageData]]:
+    entry: Mapping[str, Any], sentences: int, settings: Settings, draft: Draft
+) -> list[tuple[int, Image]]:
     """(sentence, picture) of the pictures that match well enough and can be read."""
     found = []
     # A row of the matrix for every picture; where there are fewer, the rest was never matched.
     for info, _ in zip(want(entry, "image_info", list), want(entry, "similarity_matrix", list)):
         at, similarity = want(info, "matched_text_index", int), want(info, "matched_sim", (int, float))
         if not 0 <= at < sentences:
-            raise DataError(f"'matched_text_index' is {at}, the page has {sentences} sentences")
+            cause = f"'matched_text_index' is {at}, the page has {sentences} sentences"
+            raise Rejected("index out of range", cause)
         if similarity < settings.min_similarity:
             continue
-        picture = pictures.see(want(info, "image_name", str))
+        picture = draft.image_if_good(want(info, "image_name", str))
         if picture is not None:
             found.append((at, picture))
     return found

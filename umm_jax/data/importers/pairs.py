@@ -1,22 +1,25 @@
-"""Pictures with captions: text files of one JSON object a line, as MM-Interleaved read LAION and others.
+"""Pictures with captions, a line or row each, as MM-Interleaved read LAION and others.
 
     {"image": "00098/1887973000500.jpg", "caption": "Sunset Gondola Ride"}
 
-`caption` may be a list, whose strings are joined by a blank.
+`caption` may be a list, whose strings are joined by a blank. In parquet `image` may be the picture itself. A
+line may be a Python dict in single quotes, as in the sample of the release.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from umm_jax.conversation import ImageData
-from umm_jax.data.importing import Pictures, fraction, want
-from umm_jax.errors import DataError
+from umm_jax.data.entries import Entries
+from umm_jax.data.importing import Draft, fraction, want, want_strings
+from umm_jax.data.quarantine import LeftOut
 
-PATTERNS = ("*.txt", "*.jsonl")
-VERSION = 1
+VERSION = 2
+LICENSE = ""
+PYTHON_LITERALS = True  # the sample file of MM-Interleaved is of such lines
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,21 @@ class Settings:
         fraction("image_first", self.image_first)
 
 
-def document(
-    entry: Mapping[str, Any], settings: Settings, rng: np.random.Generator, pictures: Pictures
-) -> list[str | ImageData] | None:
+def entries(path: Path, settings: Settings) -> Entries:
+    return Entries(path, ("*.txt", "*.jsonl", "*.parquet"))
+
+
+def conversation(
+    entry: Mapping[str, Any], settings: Settings, rng: np.random.Generator, draft: Draft
+) -> None:
     """The picture and its caption, in either order."""
     caption = want(entry, "caption", (str, list))
     if not isinstance(caption, str):
-        if not all(isinstance(text, str) for text in caption):
-            raise DataError(f"'caption' must be a string or a list of strings, got {caption!r}")
-        caption = " ".join(caption)
-    picture = pictures.see(want(entry, "image", str))
-    if picture is None:
-        return None
+        caption = " ".join(want_strings(entry, "caption"))
     if not caption.strip():
-        pictures.left_out["captions that are empty"] += 1
-        return None
+        raise LeftOut("captions that are empty")
+    picture = draft.image(want(entry, "image", (str, bytes, dict)))
     caption = caption.lower() if settings.lower_case else caption
-    return [picture, caption] if rng.random() < settings.image_first else [caption, picture]
+    draft.turn(
+        "document", *([picture, caption] if rng.random() < settings.image_first else [caption, picture])
+    )

@@ -2,7 +2,8 @@
 
 Shard s of S holds the records with indices [count s / S, count (s + 1) / S), each made from its index
 alone, so a shard does not depend on who makes it or when. Finished shards are kept when a run is stopped;
-the recipe in the folder says whether a later run may add to them.
+the recipe in the folder says whether a later run may add to them. For which indices there is no record, and
+why, is counted in the manifest and written to the quarantine, see ``quarantine.py``.
 """
 
 import json
@@ -10,32 +11,30 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 import traceback
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from umm_jax.config import differences
 from umm_jax.conversation import SCHEMA, Conversation
-from umm_jax.data import records
+from umm_jax.data import quarantine, records
 from umm_jax.data.files import storage_errors, write_atomic
+from umm_jax.data.quarantine import Tally
 from umm_jax.errors import ConfigError, DataError, Interrupted, UserError
 
 
-@dataclass(frozen=True)
-class Noted:
-    """A conversation, or None where there is none for an index, and counts of what was left out by reason."""
+class Made(NamedTuple):
+    """What an index gave: a conversation, or None, and what there is to count."""
 
     conversation: Conversation | None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    tally: Tally
 
 
-Make = Callable[[int], Conversation | Noted]
+Make = Callable[[int], Conversation | Made]
 _REPORT_EVERY = 64  # records between two messages of a worker about its progress
 
 
-def synthesize(
+def make_records(
     make: Make,
     count: int,
     out: str | Path,
@@ -44,38 +43,47 @@ def synthesize(
     shards: int = 8,
     workers: int = 1,
     name: str = "data",
+    max_rejected: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> records.RecordSource:
     """Writes the conversations make(0) ... make(count - 1) to a folder for :func:`records.open_source`.
 
     Args:
-        make: deterministic; it gives a conversation, or a Noted one, whose counts are added up into the
-            manifest's "left_out". With more than one worker also picklable (a module-level function or an
-            instance of a module-level class).
+        make: deterministic; it gives a conversation, or Made. With more than one worker also picklable (a
+            module-level function or an instance of a module-level class).
         how: plain JSON values from which the data could be made again: generator, settings, seed. It is
             stored, and decides whether shards found in `out` belong to this run.
         shards: number of files. workers: processes; 0 and 1 work in this one.
+        max_rejected: the share of records, and of pictures, that may be rejected. More fail the run, with 0
+            the very first does; what was finished is kept, and a later run may allow more.
         progress: called with (records done, count), now and then.
 
     Raises:
-        DataError: `out` holds something else, or `make` gave an invalid record. ConfigError: bad counts.
+        DataError: `out` holds something else, `make` gave an invalid record, or too much was rejected.
+        ConfigError: bad counts.
         StorageError: disk full. Interrupted: Ctrl-C. In each case finished shards stay, and no file that
         is not whole carries a final name.
     """
     out = Path(out)
     if count < 1 or shards < 1 or workers < 0:
         raise ConfigError(f"count and shards must be positive, got {count} and {shards}; workers {workers}")
+    if not 0 <= max_rejected <= 1:
+        raise ConfigError(f"max_rejected is a share from 0 to 1, it is {max_rejected}")
     shards = min(shards, count)
     recipe = {"schema": SCHEMA, "name": name, "count": count, "shards": shards, "how": _plain(how)}
     if _prepare(out, recipe):
         if progress:
             progress(count, count)
+        _refuse(out, Tally.of(records.read_manifest(out).get("counts", {})), max_rejected, count)
         return records.open_source(out)
 
     edges = [count * s // shards for s in range(shards + 1)]
     paths = [out / records.shard_name(name, s, shards) for s in range(shards)]
-    jobs = {s: (str(paths[s]), edges[s], edges[s + 1]) for s in range(shards) if not paths[s].exists()}
-    done = {s: _finished(paths[s], edges[s + 1] - edges[s]) for s in range(shards) if s not in jobs}
+    strict = max_rejected == 0
+    jobs = {
+        s: (str(paths[s]), edges[s], edges[s + 1], strict) for s in range(shards) if not paths[s].exists()
+    }
+    done = {s: _finished(paths[s]) for s in range(shards) if s not in jobs}
     total = Total(sum(edges[s + 1] - edges[s] for s in done), count, progress)
     try:
         if workers > 1 and len(jobs) > 1:
@@ -87,12 +95,30 @@ def synthesize(
         raise Interrupted(
             f"{out}: stopped with {finished} of {shards} shards finished; run the same command again to go on"
         ) from None
-    left_out: Counter[str] = sum((counts for _, counts in done.values()), Counter())
-    records.write_manifest(out, name, [done[s][0] for s in range(shards)], how=recipe, left_out=left_out)
+    tally = Tally()
+    for s in range(shards):
+        tally.add(done[s][1])
+    _join_quarantines(out, paths)
+    _refuse(out, tally, max_rejected, count)
+    records.write_manifest(out, name, [done[s][0] for s in range(shards)], how=recipe, counts=tally.plain())
     with storage_errors(out):
-        for path in (out / records.UNFINISHED, *map(_notes, paths)):
+        for path in (out / records.UNFINISHED, *map(_tally, paths), *map(_quarantine, paths)):
             path.unlink(missing_ok=True)
     return records.open_source(out)
+
+
+def _refuse(out: Path, tally: Tally, limit: float, count: int) -> None:
+    if said := tally.too_many(limit, count):
+        raise DataError(
+            f"{out}: {said}; {out / quarantine.FILE} says where and why. Mend the data and bring them into "
+            "another folder, or run again with a higher --max-rejected: what was finished is kept"
+        )
+
+
+def _join_quarantines(out: Path, paths: Sequence[Path]) -> None:
+    parts = [_quarantine(path).read_bytes() for path in paths if _quarantine(path).exists()]
+    if parts:
+        write_atomic(out / quarantine.FILE, b"".join(parts))
 
 
 def _plain(how: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,19 +158,21 @@ def _prepare(out: Path, recipe: dict[str, Any]) -> bool:
     return False
 
 
-def _notes(path: Path) -> Path:
-    """The file that says what was left out of a shard, until the manifest does."""
-    return path.with_suffix(".left_out.json")
+def _tally(path: Path) -> Path:
+    """The file of the counts of a shard, until the manifest has them."""
+    return path.with_suffix(".tally.json")
 
 
-def _finished(path: Path, expected: int) -> tuple[records.Shard, Counter]:
+def _quarantine(path: Path) -> Path:
+    """The file of what was rejected for a shard, until it is joined to the others."""
+    return path.with_suffix(".quarantine.jsonl")
+
+
+def _finished(path: Path) -> tuple[records.Shard, Tally]:
     """The entry of a shard an earlier run finished: whole by construction, since renaming came last."""
-    notes, left_out = _notes(path), {}
-    if notes.exists():
-        expected, left_out = json.loads(notes.read_text())
-    return records.Shard(path.name, expected, path.stat().st_size, records.file_sha256(path)), Counter(
-        left_out
-    )
+    written, counts = json.loads(_tally(path).read_text())
+    shard = records.Shard(path.name, written, path.stat().st_size, records.file_sha256(path))
+    return shard, Tally.of(counts)
 
 
 class Total:
@@ -161,25 +189,35 @@ class Total:
 
 
 def _write_shard(
-    make: Make, job: tuple[str, int, int], report: Callable[[int], None]
-) -> tuple[records.Shard, Counter]:
-    path, start, stop = job
-    left_out: Counter[str] = Counter()
+    make: Make, job: tuple[str, int, int, bool], report: Callable[[int], None]
+) -> tuple[records.Shard, Tally]:
+    path, start, stop, strict = job
+    tally, quarantined = Tally(), []
+    _quarantine(Path(path)).unlink(missing_ok=True)  # of a run that was killed before the shard had its name
     with records.ShardWriter(path) as writer:
         for index in range(start, stop):
             made = make(index)
-            if isinstance(made, Noted):
-                left_out.update(made.left_out)
-                made = made.conversation
-            if made is not None:
-                writer.write(made)
+            if not isinstance(made, Made):
+                made = Made(made, Tally())
+            tally.add(made.tally)
+            quarantined.append(made.tally.lines())
+            if strict and made.tally.quarantine:
+                first = made.tally.quarantine[0]
+                raise DataError(
+                    f"{first['where']} (record {index}): {first['cause']}; mend it, or let a share of such "
+                    "records be left out with --max-rejected"
+                )
+            if made.conversation is not None:
+                tally.count("licenses", made.conversation.license)
+                writer.write(made.conversation)
             if (index - start + 1) % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY)
-        if left_out or writer.records < stop - start:
-            # Before the shard gets its name: a shard that stands has its counts.
-            write_atomic(_notes(Path(path)), json.dumps([writer.records, left_out]))
+        # Before the shard gets its name: a shard that stands has its counts.
+        if any(quarantined):
+            write_atomic(_quarantine(Path(path)), "".join(quarantined))
+        write_atomic(_tally(Path(path)), json.dumps([writer.records, tally.plain()]))
     report((stop - start) % _REPORT_EVERY)
-    return writer.shard, left_out
+    return writer.shard, tally
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -229,7 +267,7 @@ def _parallel(make: Make, jobs: dict[int, tuple], workers: int, total: Total) ->
             if running:  # something went wrong: do not wait for shards nobody will use
                 process.terminate()
             process.join()
-        for _, (path, _, _) in jobs.items():
+        for path, *_ in jobs.values():
             Path(path + ".part").unlink(missing_ok=True)
     return done
 
