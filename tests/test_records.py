@@ -83,7 +83,8 @@ def test_a_stopped_synthesis_keeps_its_finished_shards(tmp_path):
     out = tmp_path / "d"
     with pytest.raises(Interrupted, match="1 of 3 shards finished; run the same command again"):
         make_folder(out, make=Make(fail_at=5, error=KeyboardInterrupt))
-    assert {p.name for p in out.iterdir()} == {"unfinished.json", "data-00000-of-00003.array_record"}
+    finished = {f"data-00000-of-00003.{ending}" for ending in ("array_record", "tally.json")}
+    assert {p.name for p in out.iterdir()} == {"unfinished.json", *finished}
     with pytest.raises(DataError, match="not finished.*run the same"):
         open_source(out)
     first = (out / "data-00000-of-00003.array_record").stat()

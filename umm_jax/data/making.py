@@ -80,10 +80,9 @@ def make_records(
     edges = [count * s // shards for s in range(shards + 1)]
     paths = [out / records.shard_name(name, s, shards) for s in range(shards)]
     strict = max_rejected == 0
-    jobs = {
-        s: (str(paths[s]), edges[s], edges[s + 1], strict) for s in range(shards) if not paths[s].exists()
-    }
-    done = {s: _finished(paths[s]) for s in range(shards) if s not in jobs}
+    finished = {s for s in range(shards) if paths[s].exists() and _tally(paths[s]).exists()}
+    jobs = {s: (str(paths[s]), edges[s], edges[s + 1], strict) for s in range(shards) if s not in finished}
+    done = {s: _finished(paths[s]) for s in finished}
     total = Total(sum(edges[s + 1] - edges[s] for s in done), count, progress)
     try:
         if workers > 1 and len(jobs) > 1:
@@ -91,9 +90,9 @@ def make_records(
         else:
             done |= {s: _write_shard(make, job, total.add) for s, job in jobs.items()}
     except KeyboardInterrupt:
-        finished = sum(path.exists() for path in paths)
+        there = sum(path.exists() for path in paths)
         raise Interrupted(
-            f"{out}: stopped with {finished} of {shards} shards finished; run the same command again to go on"
+            f"{out}: stopped with {there} of {shards} shards finished; run the same command again to go on"
         ) from None
     tally = Tally()
     for s in range(shards):
