@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_records import SHARD, make_folder, write_raw
 
 from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
+from umm_jax.data import licenses
 from umm_jax.data.making import make_records
 from umm_jax.data.pipeline import make_loader
 from umm_jax.errors import ConfigError, DataError
@@ -228,3 +230,49 @@ def test_a_foreign_state_is_refused(folder):
     with make_loader(config(folder), Serializer()) as loader:
         with pytest.raises(DataError, match="not a state of this input pipeline"):
             loader.set_state({"next_index": 3})
+
+
+# --- licences ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "license, admitted",
+    [
+        ("CC0-1.0", True),
+        ("CC-BY-4.0", True),
+        ("cc-by-sa-3.0", True),
+        ("Apache-2.0", True),
+        ("CC-BY-NC-4.0", False),
+        ("CC-BY-NC-SA-4.0", False),
+        ("CC-BY-ND-4.0", False),
+        ("CC-BY", False),  # of no version: not the terms of any
+        ("", False),
+        ("research only", False),
+    ],
+)
+def test_terms_that_permit_commercial_use(license, admitted):
+    assert licenses.commercial(license) is admitted
+
+
+def test_a_commercial_run_refuses_a_folder_with_one_record_under_other_terms(tmp_path):
+    def folder(name: str, *terms: str) -> str:
+        made = Varied()
+        make_records(
+            lambda k: replace(made(k), license=terms[k]), len(terms), tmp_path / name, how={}, shards=1
+        )
+        return str(tmp_path / name)
+
+    free, mixed = folder("free", "MIT", "CC0-1.0"), folder("mixed", "MIT", "CC-BY-NC-4.0", "", "")
+
+    load(config(free, mixed), 1)
+    load(config(free, licenses="commercial"), 1)
+    with pytest.raises(DataError) as caught:
+        load(config(free, mixed, licenses="commercial"), 1)
+    said = str(caught.value)
+    assert mixed in said and "1 under CC-BY-NC-4.0" in said and "2 under no licence that is named" in said
+    manifest = tmp_path / "free" / "manifest.json"
+    plain = json.loads(manifest.read_text())
+    del plain["counts"]
+    manifest.write_text(json.dumps(plain))
+    with pytest.raises(DataError, match="does not say the licences of its records"):
+        load(config(free, licenses="commercial"), 1)

@@ -192,6 +192,8 @@ class DataConfig:
             exchanges that nothing later depends on, "smaller" makes its pictures smaller (for families whose
             pictures are of several sizes). Where rows are cut, only a source whose cut is "document"
             has such: "truncate" then shortens their text.
+        licenses: "commercial" refuses folders that hold a record whose licence does not plainly permit
+            commercial use, or is not named.
         packing_bins: rows kept open by first-fit.
         batch_size: rows per step over all devices and accumulation steps.
         prefetch: batches prepared ahead by the input thread.
@@ -207,6 +209,7 @@ class DataConfig:
     packing: typing.Literal["first_fit", "none", "cut"] = "first_fit"
     compat: typing.Literal["none", "release"] = "none"
     oversize: typing.Literal["refuse", "drop", "truncate", "oldest", "smaller"] = "refuse"
+    licenses: typing.Literal["any", "commercial"] = "any"
     packing_bins: int = 8
     batch_size: int = 16
     shuffle_seed: int = 0

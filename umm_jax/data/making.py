@@ -191,32 +191,43 @@ def _write_shard(
     make: Make, job: tuple[str, int, int, bool], report: Callable[[int], None]
 ) -> tuple[records.Shard, Tally]:
     path, start, stop, strict = job
+    beside = (_quarantine(Path(path)), _tally(Path(path)))
+    for file in beside:
+        file.unlink(missing_ok=True)  # of a run that was killed before the shard had its name
     tally, quarantined = Tally(), []
-    _quarantine(Path(path)).unlink(missing_ok=True)  # of a run that was killed before the shard had its name
-    with records.ShardWriter(path) as writer:
-        for index in range(start, stop):
-            made = make(index)
-            if not isinstance(made, Made):
-                made = Made(made, Tally())
-            tally.add(made.tally)
-            quarantined.append(made.tally.lines())
-            if strict and made.tally.quarantine:
-                first = made.tally.quarantine[0]
-                raise DataError(
-                    f"{first['where']} (record {index}): {first['cause']}; mend it, or let a share of such "
-                    "records be left out with --max-rejected"
-                )
-            if made.conversation is not None:
-                tally.count("licenses", made.conversation.license)
-                writer.write(made.conversation)
-            if (index - start + 1) % _REPORT_EVERY == 0:
-                report(_REPORT_EVERY)
-        # Before the shard gets its name: a shard that stands has its counts.
-        if any(quarantined):
-            write_atomic(_quarantine(Path(path)), "".join(quarantined))
-        write_atomic(_tally(Path(path)), json.dumps([writer.records, tally.plain()]))
+    try:
+        with records.ShardWriter(path) as writer:
+            for index in range(start, stop):
+                made = make(index)
+                if not isinstance(made, Made):
+                    made = Made(made, Tally())
+                if strict and made.tally.quarantine:
+                    raise DataError(_first(made.tally.quarantine[0]))
+                tally.add(made.tally)
+                quarantined.append(made.tally.lines())
+                if made.conversation is not None:
+                    tally.count("licenses", made.conversation.license)
+                    writer.write(made.conversation)
+                if (index - start + 1) % _REPORT_EVERY == 0:
+                    report(_REPORT_EVERY)
+            # Before the shard gets its name: a shard that stands has its counts.
+            if any(quarantined):
+                write_atomic(beside[0], "".join(quarantined))
+            write_atomic(beside[1], json.dumps([writer.records, tally.plain()]))
+    except BaseException:
+        for file in beside:
+            file.unlink(missing_ok=True)
+        raise
     report((stop - start) % _REPORT_EVERY)
     return writer.shard, tally
+
+
+def _first(rejected: Mapping[str, Any]) -> str:
+    where, cause = rejected["where"], rejected["cause"]
+    return (
+        f"{where} (record {rejected['record']}): {cause}; mend it, or let a share of such records be left "
+        "out with --max-rejected"
+    )
 
 
 # --- processes ------------------------------------------------------------------------------------

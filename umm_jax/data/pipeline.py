@@ -25,6 +25,7 @@ from umm_jax.data.cut_rows import CutRows, rule
 from umm_jax.data.cutting import after_image, fit_document
 from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
 from umm_jax.data.reading import COUNTS, read
+from umm_jax.data.licenses import check_commercial
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Stream, StreamSpec, check_stream, stream_length
@@ -77,6 +78,8 @@ def make_loader(
         if source.weight <= 0:
             raise ConfigError(f"data.sources.{k}.weight must be positive, got {source.weight}")
         records, seed = open_source(Path(source.path)), (data.shuffle_seed + 7919 * k) % 2**32
+        if data.licenses == "commercial":
+            check_commercial(source.path, records.manifest)
         order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat()
         # Drawn for each place of the endless order, so that what is drawn differs from epoch to epoch.
         streams = order.random_map(_Streams(records, serializer, data, source), seed=seed)
