@@ -23,9 +23,9 @@ from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation
 from umm_jax.data.cut_rows import CutRows, rule
 from umm_jax.data.cutting import after_image, fit_document
+from umm_jax.data.licenses import check_commercial
 from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
 from umm_jax.data.reading import COUNTS, read
-from umm_jax.data.licenses import check_commercial
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Stream, StreamSpec, check_stream, stream_length
