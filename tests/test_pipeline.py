@@ -245,6 +245,9 @@ def test_a_foreign_state_is_refused(folder):
         ("CC-BY-NC-4.0", False),
         ("CC-BY-NC-SA-4.0", False),
         ("CC-BY-ND-4.0", False),
+        ("CC0-1.0 AND MIT", True),
+        ("MIT AND CC-BY-NC-4.0", False),
+        ("MIT AND unnamed", False),
         ("CC-BY", False),  # of no version: not the terms of any
         ("", False),
         ("research only", False),

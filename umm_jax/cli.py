@@ -128,16 +128,42 @@ def parser() -> argparse.ArgumentParser:
         )
         return made
 
-    p = of_the_world("synthesize", _synthesize, "Write conversations of the world as ArrayRecord shards.")
-    p.add_argument("--source", default="world", choices=["world"], help="what generates the conversations")
-    p.add_argument("--count", type=_positive, help="number of conversations (default: that of the config)")
+    p = of_the_world(
+        "synthesize", _synthesize, "Write conversations of the world, or made of other records, as shards."
+    )
+    p.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="compose dialogues from the records of this folder, in stages; can be repeated",
+    )
+    p.add_argument("--stages", default="1,2,3", help="with --from: which stages, such as 1,2")
+    p.add_argument("--rewriter", default="template", choices=["template", "openai", "replay"])
+    p.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible API, for --rewriter=openai")
+    p.add_argument("--model", default="", help="as the endpoint calls it")
+    p.add_argument("--key", default="", metavar="NAME", help="environment variable that holds its key")
+    p.add_argument("--cache", metavar="FOLDER", help="replies of the endpoint (default: OUT.cache)")
+    p.add_argument("--budget", type=int, default=0, help="requests of each worker at most; 0 is no limit")
+    p.add_argument("--count", type=_positive, help="number of conversations (default: one for each record)")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--seed", type=int, help="another seed, other conversations (default: 0, or the config's)")
     p.add_argument("--split", default="train", help="which scenes may appear")
     p.add_argument("--shards", type=_positive, default=4, help="number of files")
     p.add_argument("--workers", type=int, default=1, help="processes that generate")
 
-    p = of_the_world("tokenizer", _tokenizer, "Train a tokenizer that knows every word of the world.")
+    p = of_the_world(
+        "tokenizer", _tokenizer, "Train a tokenizer: of every word of the world, or on your data."
+    )
+    p.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="train on the texts of these records instead",
+    )
+    p.add_argument("--limit", type=_positive, default=100_000, help="records of a path to read at most")
     p.add_argument("--out", required=True, help="file to write, for example runs/demo/tokenizer.model")
     p.add_argument(
         "--family", default="mm_interleaved", help="whose control pieces to add where there is no --config"
@@ -333,21 +359,54 @@ def _settings(texts: Sequence[str]) -> dict:
 def _synthesize(args) -> None:
     import functools
 
-    from tqdm import tqdm
-
     from umm_jax.config import to_dict
-    from umm_jax.data.making import make_records
     from umm_jax.world.dialogue import VERSION
 
+    if args.folders:
+        return _compose(args)
     run, world = _world(args)
     count = args.count or (run and run.world.count)
     if not count:
         raise ConfigError("how many conversations? --count=N, or --config=FILE which says so")
     seed = args.seed if args.seed is not None else run.train.seed if run else 0
-    how = {"source": args.source, "version": VERSION, "world": to_dict(world), "seed": seed}
+    how = {"source": "world", "version": VERSION, "world": to_dict(world), "seed": seed}
     how["split"] = args.split
     make = functools.partial(_nth_dialogue, world, seed, args.split)
-    with tqdm(total=count, desc="synthesize", unit=" dialogues", disable=None) as bar:
+    _make(args, make, count, how, "synthesize")
+
+
+def _compose(args) -> None:
+    from umm_jax.config import from_dict
+    from umm_jax.data.synthesis import rewriters
+    from umm_jax.data.synthesis.stages import Stages
+    from umm_jax.data.synthesis.synthesizer import Synthesizer
+
+    if args.config or args.preset or args.overrides:
+        raise ConfigError("--config, --preset and overrides are of the world; --from composes other records")
+    try:
+        stages = [int(stage) for stage in args.stages.split(",")]
+    except ValueError:
+        raise ConfigError(f"--stages is a list such as 1,2,3, got {args.stages!r}") from None
+    settings = from_dict(Stages, {"stages": stages, **_settings(args.set)}, "stages")
+    rewriter = None
+    if args.rewriter != "template":
+        if not args.endpoint or not args.model:
+            raise ConfigError(f"--rewriter={args.rewriter} needs --endpoint=URL and --model=NAME")
+        endpoint = rewriters.Endpoint(args.endpoint, args.model, args.key, budget=args.budget)
+        kind = rewriters.OpenAIRewriter if args.rewriter == "openai" else rewriters.ReplayRewriter
+        rewriter = kind(endpoint, rewriters.Cache(args.cache or f"{args.out.rstrip('/')}.cache"))
+    make = Synthesizer(args.folders, settings, rewriter=rewriter, seed=args.seed or 0, split=args.split)
+    _make(args, make, args.count or len(make), make.recipe(), "synthesize")
+
+
+def _make(args, make, count: int, how: dict, what: str, max_rejected: float = 0.0) -> None:
+    """Writes a folder of records with a bar of progress, and says what was made and what was not."""
+    from tqdm import tqdm
+
+    from umm_jax.data.making import make_records
+    from umm_jax.data.quarantine import FILE
+
+    with tqdm(total=count, desc=what, unit=" records", disable=None) as bar:
         source = make_records(
             make,
             count,
@@ -356,18 +415,21 @@ def _synthesize(args) -> None:
             shards=args.shards,
             workers=args.workers,
             name=args.split,
+            max_rejected=max_rejected,
             progress=lambda done, _: bar.update(done - bar.n),
         )
     print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
+    for kind, counts in source.manifest.get("counts", {}).items():
+        for reason, number in counts.items():
+            if kind not in ("pictures", "licenses"):
+                print(f"{kind}: {number} {reason}")
+    if (Path(args.out) / FILE).exists():
+        print(f"what was rejected, and why: {Path(args.out) / FILE}")
 
 
 def _import(args) -> None:
-    from tqdm import tqdm
-
     from umm_jax.data.gate import Limits
     from umm_jax.data.importing import Import
-    from umm_jax.data.making import make_records
-    from umm_jax.data.quarantine import FILE
 
     chosen = {"pixels": args.max_pixels, "bytes": args.max_bytes}
     make = Import(
@@ -381,25 +443,7 @@ def _import(args) -> None:
         license=args.license,
         split=args.split,
     )
-    with tqdm(total=len(make), desc="import", unit=" records", disable=None) as bar:
-        source = make_records(
-            make,
-            len(make),
-            args.out,
-            how=make.recipe(),
-            shards=args.shards,
-            workers=args.workers,
-            name=args.split,
-            max_rejected=args.max_rejected,
-            progress=lambda done, _: bar.update(done - bar.n),
-        )
-    print(f"{args.out}: {len(source)} conversations in {len(source.manifest['shards'])} shards")
-    for kind, counts in source.manifest.get("counts", {}).items():
-        for reason, count in counts.items():
-            if kind not in ("pictures", "licenses"):
-                print(f"{kind}: {count} {reason}")
-    if (Path(args.out) / FILE).exists():
-        print(f"what was rejected, and why: {Path(args.out) / FILE}")
+    _make(args, make, len(make), make.recipe(), "import", args.max_rejected)
 
 
 def _formats(args) -> None:
@@ -418,8 +462,11 @@ def _nth_dialogue(world, seed: int, split: str, index: int):
 
 
 def _tokenizer(args) -> None:
+    import itertools
+
     from umm_jax import config, families
     from umm_jax.data.files import storage_errors
+    from umm_jax.data.inspect import texts
     from umm_jax.data.tokenizer import Tokenizer
     from umm_jax.world import corpus
 
@@ -430,7 +477,11 @@ def _tokenizer(args) -> None:
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     control = family.stream.control_pieces(run.model if run else {})
-    made = Tokenizer.train(corpus.vocabulary_text(world), out, control, vocab)
+    if args.data:
+        spoken = itertools.chain.from_iterable(texts(path, args.limit) for path in args.data)
+        made = Tokenizer.train(spoken, out, control, vocab, whole_words=False)
+    else:
+        made = Tokenizer.train(corpus.vocabulary_text(world), out, control, vocab)
     print(f"{out}: {made.size} pieces")
 
 

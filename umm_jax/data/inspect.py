@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from umm_jax.data.records import open_source
 from umm_jax.data.tokenizer import Tokenizer
 from umm_jax.errors import DataError
 
-__all__ = ["open_any", "preview", "show", "statistics", "stats", "write_html"]
+__all__ = ["open_any", "preview", "show", "statistics", "stats", "texts", "write_html"]
 
 
 class _Shard(Sequence):
@@ -176,6 +176,13 @@ def _write_pictures(conversation: Conversation, folder: Path) -> list[Path]:
             paths.append(folder / f"{safe}-{number}.{ending}")
             paths[-1].write_bytes(image.data)
     return paths
+
+
+def texts(path: str | Path, limit: int) -> Iterator[str]:
+    """The texts of at most `limit` conversations of whatever :func:`open_any` opens, spread over them all."""
+    source = open_any(path)
+    for index in range(0, len(source), max(1, -(-len(source) // limit))):
+        yield from (p.text for t in source[index].turns for p in t.parts if isinstance(p, Text))
 
 
 def stats(path: str | Path, tokenizer: Tokenizer | None = None, limit: int = 2000) -> dict[str, Any]:

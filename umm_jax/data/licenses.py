@@ -19,8 +19,8 @@ _COMMERCIAL = re.compile(
 
 
 def commercial(license: str) -> bool:
-    """Whether these terms are known to permit commercial use."""
-    return _COMMERCIAL.fullmatch(license.strip()) is not None
+    """Whether these terms, or all that are joined by AND, are known to permit commercial use."""
+    return all(_COMMERCIAL.fullmatch(terms.strip()) for terms in license.split(" AND "))
 
 
 def check_commercial(folder: str | Path, manifest: Mapping) -> None:
