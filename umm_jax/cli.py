@@ -205,6 +205,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", metavar="FOLDER", help="write their pictures there")
     p.add_argument("--html", metavar="FILE", help="write them as a page instead")
 
+    p = command(of_data, "report", _report_data, "Write what a folder holds as a page of figures.")
+    p.add_argument("path", help="a finished folder")
+    p.add_argument("--out", help="folder for report.json and report.html (default: PATH.report)")
+    p.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="look for the same pictures and words here, in an evaluation set say; can be repeated",
+    )
+    p.add_argument("--limit", type=_positive, default=20_000, help="records to read at most")
+
     p = command(of_data, "stats", _stats, "Count what a folder of shards holds.")
     p.add_argument("path", help="whatever inspect opens")
     p.add_argument("--tokenizer", metavar="FILE", help="count text tokens too")
@@ -503,6 +515,19 @@ def _inspect(args) -> None:
     print(f"{args.path}: records {args.index} to {last - 1} of {len(found)}")
     for index in chosen:
         print("\n" + show(found[index], args.images, colour=shows_colour(sys.stdout)))
+
+
+def _report_data(args) -> None:
+    from umm_jax.data import report
+
+    out = Path(args.out or f"{args.path.rstrip('/')}.report")
+    context = report.write(args.path, out, args.against, args.limit)["context"]
+    if context["dependent turns"]:
+        print(
+            f"{context['dependent turns']} dependent turns: {context['necessity']:.2%} need the history; the "
+            f"last picture is right in {context['recency baseline']:.1%}, chance is {context['chance']:.1%}"
+        )
+    print(f"wrote {out / 'report.json'} and {out / 'report.html'}")
 
 
 def _stats(args) -> None:

@@ -45,7 +45,7 @@ def write_html(conversations: Iterable[Conversation], path: str | Path, title: s
     Raises:
         DataError: an image cannot be decoded for showing a mask on it. StorageError: disk full.
     """
-    articles = "\n".join(_article(conversation) for conversation in conversations)
+    articles = "\n".join(article(conversation) for conversation in conversations)
     write_atomic(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -55,7 +55,8 @@ def write_html(conversations: Iterable[Conversation], path: str | Path, title: s
     )
 
 
-def _article(c: Conversation) -> str:
+def article(c: Conversation) -> str:
+    """One conversation as an element of a page that has STYLE."""
     facts = {"source": c.source, "license": c.license, "language": c.language, "split": c.split}
     facts["made by"] = " > ".join(c.provenance)
     said = "".join(f"<span>{key}: {html.escape(value)}</span>" for key, value in facts.items() if value)

@@ -22,6 +22,8 @@ from umm_jax.conversation import Conversation, Image, Turn
 from umm_jax.data.synthesis.references import Facts, Reference, Told, history, read, resolve
 
 IDS = tuple(re.findall(r"^\| ([a-z-]+) \|", __doc__, re.MULTILINE)[1:])
+# Those of a dependent turn: without one of them it is not known to need the history.
+NECESSITY = IDS[: IDS.index("solvable-from-last") + 1]
 _LONGEST = 40
 _TOKENS = re.compile(r"<\|?[\w/ ]+\|?>|https?:|\b[\w-]+\.(?:jpe?g|png|webp)\b")
 
