@@ -316,7 +316,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_bytes_for_any_number_of_workers_and_after_kills(tmp_path, folder):
-    command = [sys.executable, "-m", "umm_jax.cli", "data", "synthesize", f"--from={folder}", "--shards=12"]
+    command = [sys.executable, "-m", "umm_jax.cli", "data", "synthesize", f"--from={folder}", "--shards=14"]
     command += ["--count=600", "--seed=5"]
 
     def run(out: str, workers: int) -> None:
@@ -327,7 +327,7 @@ def test_the_same_bytes_for_any_number_of_workers_and_after_kills(tmp_path, fold
     run("four", 4)
     assert contents(tmp_path / "one") == contents(tmp_path / "four")
     rng = random.Random(0)
-    for _ in range(3):
+    for _ in range(10):
         process = subprocess.Popen(
             [*command, f"--out={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
