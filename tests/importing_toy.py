@@ -1,4 +1,4 @@
-"""Small foreign data sets for the tests of importing: annotations as they come, pictures told by their grey."""
+"""Small foreign data sets for the tests of importing; pictures are told apart by their grey."""
 
 import io
 import json

@@ -448,7 +448,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def extra(module: str, purpose: str, package: str) -> Any:
+def extra(module: str, purpose: str, package: str, name: str = "data") -> Any:
     """An optional library. Raises ConfigError that says how to install it."""
     import importlib
 
@@ -456,5 +456,5 @@ def extra(module: str, purpose: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ConfigError(
-            f"{purpose} need {package}: pip install {package}, or install umm_jax with its extra [data]"
+            f"{purpose} need {package}: pip install {package}, or install umm_jax with its extra [{name}]"
         ) from None

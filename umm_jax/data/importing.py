@@ -124,8 +124,7 @@ class Draft:
         try:
             image, changes = self._of.gate.admit(self._bytes(source))
         except Rejected as error:
-            shown = source if isinstance(source, str) else f"a picture of {self._entry.where}"
-            named = Rejected(error.reason, f"{shown[:200]}: {error}")
+            named = Rejected(error.reason, f"{_named(source)}: {error}")
             self.tally.reject("picture", named, self._index, self._entry.where, self._entry.raw)
             raise named from None
         for change in changes:
@@ -219,11 +218,18 @@ class Draft:
         return made
 
 
+def _named(source: Any) -> str:
+    """What to call a picture in a message."""
+    if not isinstance(source, str):
+        return "a picture"
+    return "a data URL" if source.startswith("data:") else source[:200]
+
+
 def _from_url(url: str) -> bytes:
     try:
         return base64.b64decode(url.partition(",")[2], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Rejected("damaged picture", f"a data URL that is not base64: {error}") from None
+        raise Rejected("damaged picture", f"not base64: {error}") from None
 
 
 # --- what importers check -------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Tally:
     def reject(self, what: str, error: Rejected, index: int, where: str, entry: Any) -> None:
         """`what` is "record" or "picture"."""
         self.count(f"rejected {what}s", error.reason)
-        said = entry.decode("utf-8", "replace") if isinstance(entry, bytes) else repr(entry)
+        said = entry.decode("utf-8", "replace") if isinstance(entry, bytes) else repr(_readable(entry))
         facts = {"record": index, "what": what, "reason": error.reason, "where": where}
         self.quarantine.append({**facts, "cause": str(error), "entry": said[:_LETTERS]})
 
@@ -85,3 +85,15 @@ class Tally:
                 said = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common(3))
                 return f"{rejected.total()} of {all_} {what}s were rejected, more than {limit:.1%} ({said})"
         return None
+
+
+def _readable(value: Any) -> Any:
+    """Columns of a table, pictures in them told by their size alone."""
+    match value:
+        case bytes():
+            return f"({len(value)} bytes)"
+        case Mapping():
+            return {key: _readable(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_readable(inner) for inner in value]
+    return _readable(value.raw) if hasattr(value, "raw") else value

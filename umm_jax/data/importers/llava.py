@@ -1,4 +1,4 @@
-"""LLaVA-Instruct, ShareGPT4V and their like: dialogues about pictures, in a JSON list or in JSON lines.
+"""LLaVA-Instruct, ShareGPT4V and their like: dialogues about pictures, in JSON or JSON lines.
 
     [{"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
       "conversations": [{"from": "human", "value": "<image>\\nWhat are the colors of the bus?"},
