@@ -212,6 +212,11 @@ class Conversation:
                 raise RecordError(f"record {self.id}: another image named {ref!r} is already there")
         return dataclasses.replace(self, turns=(*self.turns, turn), images={**self.images, **images})
 
+    def check_unanswered(self) -> None:
+        """Raises DataError unless it ends with a turn to be answered: what a reply needs."""
+        if not self.turns or self.turns[-1].role == "assistant" or not self.turns[-1].parts:
+            raise DataError(f"record {self.id}: a reply needs a conversation that ends with a user turn")
+
     def validate(self) -> None:
         """Raises RecordError, naming record, turn and part, unless the record can be used as it stands."""
         for where, problem in _problems(self):

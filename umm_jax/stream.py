@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from umm_jax.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -92,3 +94,17 @@ def check_stream(stream: Stream, spec: StreamSpec) -> None:
                     f"{axis}/{name}: {array.dtype}{list(array.shape[1:])} per item, "
                     f"spec says {feature.dtype}{list(feature.shape)}"
                 )
+
+
+def beyond(pieces: int, vocab: int, option: str) -> np.ndarray:
+    """True for the ids of a vocabulary that no piece of the tokenizer has: bool [vocab].
+
+    Raises:
+        ConfigError: more pieces than the vocabulary holds; `option` is what sets its size.
+    """
+    if pieces > vocab:
+        raise ConfigError(
+            f"the tokenizer has {pieces} pieces, the model's vocabulary holds {vocab}; set {option} "
+            "at least as high"
+        )
+    return np.arange(vocab) >= pieces

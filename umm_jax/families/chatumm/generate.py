@@ -16,7 +16,7 @@ import numpy as np
 
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Turn
-from umm_jax.errors import ConfigError, DataError
+from umm_jax.errors import ConfigError
 from umm_jax.families.chatumm import pictures
 from umm_jax.families.chatumm.config import ModelConfig
 from umm_jax.families.chatumm.engine import Branches, Engine, Memory, Sampling
@@ -118,8 +118,7 @@ class Replier:
             ConfigError: settings this family or model cannot follow.
         """
         for c in conversations:
-            if not c.turns or c.turns[-1].role == "assistant" or not c.turns[-1].parts:
-                raise DataError(f"record {c.id}: a reply needs a conversation that ends with a user turn")
+            c.check_unanswered()
         settings = settings or ReplySettings()
         drawing = self._drawing(settings)
         self._check(settings)

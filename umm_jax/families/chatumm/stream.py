@@ -30,7 +30,7 @@ from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
 from umm_jax.families.chatumm import pictures
 from umm_jax.families.chatumm.pictures import FitConfig
 from umm_jax.families.chatumm.segments import NO_LABEL, Grids, Segment, Shown, Special, lay
-from umm_jax.stream import Feature, Stream, StreamSpec
+from umm_jax.stream import Feature, Stream, StreamSpec, beyond
 
 BLANK = (
     127  # a canvas around a picture: nearest to the middle of the range, though nothing there is ever read
@@ -268,13 +268,7 @@ class Serializer:
         Raises:
             ConfigError: the tokenizer has more pieces than the model's vocabulary.
         """
-        if self.tokenizer.size > vocab:
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.size} pieces, the model's vocabulary holds {vocab}; "
-                "set config.model.mixture.vocab at least as high"
-            )
-        never = np.zeros(vocab, bool)
-        never[self.tokenizer.size :] = True
+        never = beyond(self.tokenizer.size, vocab, "config.model.mixture.vocab")
         never[list(self.special)] = True
         for piece in ("<pad>", "<s>", "</s>"):  # which not every tokenizer has
             with contextlib.suppress(ConfigError):

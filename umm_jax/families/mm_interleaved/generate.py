@@ -108,8 +108,7 @@ class Replier:
             ConfigError: guidance of a model that was not trained for it.
         """
         for c in conversations:
-            if not c.turns or c.turns[-1].role == "assistant":
-                raise DataError(f"record {c.id}: a reply needs a conversation that ends with a user turn")
+            c.check_unanswered()
         settings = settings or ReplySettings()
         steps, guidance = self._drawing(settings)
         if not conversations:

@@ -29,7 +29,7 @@ from umm_jax.config import from_dict
 from umm_jax.conversation import Conversation, Image, Mask, Part, Text, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
-from umm_jax.stream import Feature, Stream, StreamSpec
+from umm_jax.stream import Feature, Stream, StreamSpec, beyond
 
 # Rows of the tables of relative image indices where a config does not say: the release's.
 BACKBONE_IMAGES, DECODER_IMAGES = 50, 10
@@ -224,13 +224,7 @@ class Serializer:
         Raises:
             ConfigError: the tokenizer has more pieces than the model's vocabulary.
         """
-        if self.tokenizer.size > vocab:
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.size} pieces, the model's vocabulary holds {vocab}; "
-                "set config.model.backbone.vocab at least as high"
-            )
-        never = np.zeros(vocab, bool)
-        never[self.tokenizer.size :] = True
+        never = beyond(self.tokenizer.size, vocab, "config.model.backbone.vocab")
         structure = [i for prefix in self.prefix.values() if len(prefix) == 1 for i in prefix]
         never[[0, self.bos, self.slot, *structure]] = True
         return never
