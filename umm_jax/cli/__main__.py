@@ -1,0 +1,7 @@
+"""``python -m umm_jax.cli``."""
+
+import sys
+
+from umm_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,118 @@
+"""Commands about runs: train, eval, report, chat, demo."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from umm_jax.cli.grammar import command, positive, shows_colour
+
+DEMO_CONFIG = "configs/world_tiny.py"
+SEEDS = ("train.seed", "data.shuffle_seed")  # what `umm demo --seed` sets
+
+
+def add(commands) -> None:
+    """Adds the commands of this group."""
+    p = command(
+        commands, "train", _train, "Train the model of a config, or go on with a run.", overridable=True
+    )
+    p.add_argument("--config", required=True, help="a .py file with get_config(), or a run's config.json")
+    p.add_argument("--workdir", required=True, help="folder of the run; an interrupted run there is resumed")
+
+    p = command(commands, "eval", _eval, "Judge a run on the skills of its world, beside shortcut oracles.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--step", type=int, help="checkpoint to judge (default: the newest)")
+    p.add_argument("--splits", help="held-out splits, comma-separated (default: those of the config)")
+    p.add_argument("--items", type=positive, help="items per skill (default: that of the config)")
+    p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
+    p.add_argument("--again", action="store_true", help="judge anew what was already judged")
+
+    p = command(commands, "report", _report, "Write report.json and report.html of a judged run.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+
+    p = command(commands, "chat", _chat, "Talk with a trained model. /help lists what else can be typed.")
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
+    p.add_argument(
+        "--say", action="append", metavar="LINE", help="say this instead of asking; may be repeated"
+    )
+    p.add_argument("--seed", type=int, default=0, help="the same words and seed give the same replies")
+    p.add_argument(
+        "--preview", choices=["auto", "always", "never"], default="auto", help="pictures in the terminal"
+    )
+
+    p = command(
+        commands, "demo", _demo, "Make data, train, judge and report a small model.", overridable=True
+    )
+    p.add_argument("--config", default=DEMO_CONFIG, help="a config with a world section")
+    p.add_argument("--workdir", default="runs/demo", help="folder of the run; an interrupted demo is resumed")
+    p.add_argument("--seed", type=int, help="seed of data and training (default: that of the config)")
+
+
+def _train(args) -> None:
+    from umm_jax import config
+    from umm_jax.evaluate import cost
+
+    run = config.load(args.config, args.overrides)
+    with cost.stage(args.workdir, "train"):
+        # JAX is loaded inside, so that its start counts as part of the stage.
+        from umm_jax.evaluate.runner import in_training
+        from umm_jax.train.loop import train
+
+        watched = run.train.eval_every and run.train.objective == "model"
+        train(run, args.workdir, on_eval=in_training(run, args.workdir) if watched else None)
+
+
+def _eval(args) -> None:
+    from umm_jax.evaluate import cost
+
+    with cost.stage(args.folder, "evaluate"):
+        from umm_jax.evaluate import runner
+
+        splits = args.splits.split(",") if args.splits else None
+        results = runner.evaluate(
+            args.folder,
+            step=args.step,
+            splits=splits,
+            items=args.items,
+            weights=args.weights,
+            again=args.again,
+        )
+    print(runner.summary(results))
+
+
+def _report(args) -> None:
+    from umm_jax.evaluate import report
+
+    for path in report.write(args.folder).values():
+        print(f"wrote {path}")
+
+
+def _chat(args) -> None:
+    from umm_jax.generate import chat, load_run
+
+    loaded = load_run(args.folder, args.step, args.weights)
+    colour = args.preview == "always" or (args.preview == "auto" and shows_colour(sys.stdout))
+    talk = chat.Chat(
+        loaded.replier, loaded.run.reply, Path(args.folder) / "chat", seed=args.seed, colour=colour
+    )
+    if args.say:
+        chat.run(talk, args.say, stop_on_error=True)
+        return
+    print(
+        f"{args.folder}, step {loaded.step}. The first reply takes a while (compiling). /help lists commands."
+    )
+    chat.run(talk, chat.typed())
+
+
+def _demo(args) -> None:
+    from umm_jax.cli import dispatch
+    from umm_jax.demo import demo
+
+    seeds = [] if args.seed is None else [f"--config.{k}={args.seed}" for k in SEEDS]
+    demo(args.config, args.workdir, [*seeds, *args.overrides], dispatch)
+    program = "umm" if shutil.which("umm") else os.path.relpath(sys.argv[0])
+    folder = shlex.quote(str(args.workdir))
+    print(f"\nlook at   {Path(args.workdir) / 'report.html'}\ntalk to   {program} chat --run={folder}")
