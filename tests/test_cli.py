@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from umm_jax import cli, families
+from umm_jax.cli import grammar
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
 from umm_jax.data.inspect import open_any, statistics
@@ -294,9 +295,9 @@ def test_previews_only_where_they_can_be_seen(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
-    assert cli.shows_colour(terminal) and not cli.shows_colour(pipe)
+    assert grammar.shows_colour(terminal) and not grammar.shows_colour(pipe)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not cli.shows_colour(terminal)
+    assert not grammar.shows_colour(terminal)
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert not cli.shows_colour(terminal)
+    assert not grammar.shows_colour(terminal)
