@@ -118,7 +118,7 @@ class Entries(Sequence):
     """
 
     def __init__(self, path: str | Path, patterns: Sequence[str], group: str | None = None):
-        self.files = _find(Path(path), patterns)
+        self.files = find_files(Path(path), patterns)
         self._held: tuple[int, Any] | None = None
         self._places, self._group = [], group
         for k in range(len(self.files)):
@@ -171,7 +171,8 @@ def _ending(file: Path) -> str:
     return ending if ending in _READERS else ".jsonl"
 
 
-def _find(path: Path, patterns: Sequence[str]) -> list[Path]:
+def find_files(path: Path, patterns: Sequence[str]) -> list[Path]:
+    """`path` itself, or the files of a folder whose names match, sorted. Raises DataError if there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():

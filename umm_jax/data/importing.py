@@ -202,6 +202,12 @@ class Draft:
         self._turns.append(Turn(role, kept, learned, tuple(sorted(set(depends_on))), op, dict(meta or {})))
         return len(self) - 1
 
+    def edit(self, source: Image | None, asked: str, target: Image) -> None:
+        """Two turns: a request about a new picture, or None for the last turn's, and the changed picture."""
+        shown = () if source is not None else (len(self) - 1,)
+        request = self.turn("user", *([] if source is None else [source]), asked, depends_on=shown)
+        self.turn("assistant", target, op="edit", depends_on=(*shown, request))
+
     def finish(self) -> Conversation:
         """The conversation. Raises Rejected if it has no turns, RecordError if it is no valid record."""
         if not self._turns:

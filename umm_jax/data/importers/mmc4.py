@@ -21,7 +21,7 @@ from umm_jax.data.quarantine import LeftOut, Rejected
 from umm_jax.errors import ConfigError
 
 VERSION = 2
-LICENSE = "ODC-BY-1.0"
+LICENSE = ""  # its lists have one, the pictures many
 
 
 @dataclass(frozen=True)
