@@ -172,7 +172,7 @@ def _ending(file: Path) -> str:
 
 
 def find_files(path: Path, patterns: Sequence[str]) -> list[Path]:
-    """`path` itself, or the files of a folder whose names match, sorted. Raises DataError if there is none."""
+    """`path` itself, or the matching files of a folder, sorted. Raises DataError if there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
