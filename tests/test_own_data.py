@@ -59,6 +59,10 @@ def test_the_recipe(folder, capsys):
     source = open_source("data/own")
     assert len(source) == 40 and all(len(r.images) == 1 for r in source)
     assert source.conversation(0).images["i0"].data == (folder / "photos" / "0.jpg").read_bytes()
+    capsys.readouterr()
+    assert cli.main(["data", "stats", "data/own", f"--config={CONFIG}", "--limit=20"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows of this config"]
+    assert found["binding"] == "images" and found["images_filled"] > 0.9
     tokenizer = Tokenizer.load("data/own.model")
     assert tokenizer.decode(tokenizer.encode("Draw colours, number 3.")) == "Draw colours, number 3."
     assert cli.main([*at, *small]) == 0

@@ -12,7 +12,8 @@ from umm_jax.config import DataConfig, SourceConfig
 from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
 from umm_jax.data import licenses
 from umm_jax.data.making import make_records
-from umm_jax.data.pipeline import make_loader
+from umm_jax.data.packing import FirstFit
+from umm_jax.data.pipeline import fill_rates, make_loader, plan
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.stream import Feature, StreamSpec
 
@@ -230,6 +231,43 @@ def test_a_foreign_state_is_refused(folder):
     with make_loader(config(folder), Serializer()) as loader:
         with pytest.raises(DataError, match="not a state of this input pipeline"):
             loader.set_state({"next_index": 3})
+
+
+# --- how full, how much ------------------------------------------------------------------------------------
+
+
+def test_fill_rates_are_those_of_the_rows(folder):
+    found = fill_rates(config(folder, tokens=40, images=4), Serializer(), 60)
+    rows = load(config(folder, tokens=40, images=4, batch_size=1), found["rows"])
+    used = {
+        axis: sum(np.count_nonzero(row[axis]["segment_ids"]) for row in rows) for axis in ("tokens", "images")
+    }
+    assert found["tokens_filled"] == used["tokens"] / (40 * len(rows))
+    assert found["images_filled"] == used["images"] / (4 * len(rows))
+    assert found["binding"] == max(("tokens", "images"), key=lambda axis: found[f"{axis}_filled"])
+    assert 60 <= found["rows"] * found["conversations_per_row"] < 80
+
+
+def test_rows_are_full_where_lengths_vary():
+    """Lengths like those of web pages: nineteen twentieths of what there is least of are used."""
+    rng = np.random.default_rng(0)
+    lengths = [{"tokens": int(t), "images": 1} for t in np.clip(rng.lognormal(5.5, 0.8, 4000), 20, 2048)]
+    packer, used, rows = FirstFit({"tokens": 2048, "images": 30}, 8), 0, 0
+    for k, length in enumerate(lengths):
+        closed = packer.add(k, length)
+        if closed is not None:
+            rows += 1
+            used += sum(lengths[item]["tokens"] for item in closed)
+    assert used / (rows * 2048) >= 0.95
+
+
+def test_the_plan_says_rows_processes_and_memory(folder):
+    data = config(folder, tokens=200_000, images=2, batch_size=8, prefetch=3, workers=2)
+    # A token has two numbers of four bytes and two that packing adds; an image 4 x 4 x 3 bytes and three.
+    ahead = 3 * 4 * (200_000 * 16 + 2 * (48 + 4 + 8)) / 2**20
+    said = f"4 rows of 200000 tokens, 2 images; 2 worker processes, 3 batches ahead ({ahead:.0f} MiB)"
+    assert plan(data, Serializer.spec, 2) == said
+    assert "no worker processes" in plan(config(folder), Serializer.spec)
 
 
 # --- licences ----------------------------------------------------------------------------------------------

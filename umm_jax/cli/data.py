@@ -111,8 +111,9 @@ def add(commands) -> None:
     )
     p.add_argument("--limit", type=positive, default=20_000, help="records to read at most")
 
-    p = command(of_data, "stats", _stats, "Count what a folder of shards holds.")
+    p = command(of_data, "stats", _stats, "Count what a folder of shards holds.", overridable=True)
     p.add_argument("path", help="whatever inspect opens")
+    p.add_argument("--config", help="say too how full the rows are that this config makes of it")
     p.add_argument("--tokenizer", metavar="FILE", help="count text tokens too")
     p.add_argument("--limit", type=positive, default=2000, help="conversations to read at most")
 
@@ -299,4 +300,28 @@ def _stats(args) -> None:
     from umm_jax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    print(json.dumps(stats(args.path, tokenizer, args.limit), indent=1, ensure_ascii=False))
+    found = stats(args.path, tokenizer, args.limit)
+    if args.config or args.overrides:
+        found["rows of this config"] = _fill(args)
+    print(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _fill(args) -> dict:
+    """How full the rows are that a config makes of these records."""
+    import dataclasses
+
+    from umm_jax import config, families
+    from umm_jax.data.pipeline import fill_rates
+    from umm_jax.data.tokenizer import Tokenizer
+
+    if not args.config:
+        raise ConfigError(f"{args.overrides[0]}: there is no config to override; add --config=FILE")
+    run = config.load(args.config, args.overrides)
+    file = args.tokenizer or run.data.tokenizer
+    if not file:
+        raise ConfigError("the config names no data.tokenizer; say --tokenizer=FILE")
+    family = families.get(run.family)
+    serializer = family.stream.Serializer(run.model, Tokenizer.load(file))
+    first = run.data.sources[0] if run.data.sources else config.SourceConfig("")
+    chosen = dataclasses.replace(first, path=args.path)
+    return fill_rates(dataclasses.replace(run.data, sources=(chosen,)), serializer, args.limit)

@@ -104,7 +104,7 @@ class FirstFit:
         if not self.bins:
             return [item]
         closed = None
-        row = next((row for row in self._rows if self._fits(row, length)), None)
+        row = self._choose([row for row in self._rows if self._fits(row, length)], length)
         if row is None:
             if len(self._rows) == self.bins:
                 closed = self._rows.pop(0).items
@@ -122,6 +122,10 @@ class FirstFit:
             for _, length in pairs:
                 used.update(length)
             self._rows.append(_Open(used, [item for item, _ in pairs]))
+
+    def _choose(self, rows: list[_Open], length: dict[str, int]) -> _Open | None:
+        """Of the rows with room. The fullest instead of the first gains nothing (docs/data.md)."""
+        return rows[0] if rows else None
 
     def _fits(self, row: _Open, length: dict[str, int]) -> bool:
         return all(row.used[axis] + length[axis] <= room for axis, room in self.budget.items())

@@ -10,6 +10,8 @@ and the n of the conversations in half-filled rows (or the n and the token with 
 source begins), and it does not depend on the number of workers or the depth of prefetching.
 """
 
+import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +26,7 @@ from umm_jax.conversation import Conversation
 from umm_jax.data.cut_rows import CutRows, rule
 from umm_jax.data.cutting import after_image, fit_document
 from umm_jax.data.licenses import check_commercial
-from umm_jax.data.packing import Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
+from umm_jax.data.packing import ADDED, Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
 from umm_jax.data.reading import COUNTS, read
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
@@ -94,6 +96,39 @@ def make_loader(
         mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
         rows = _Packed(mixed, serializer.spec, data, skip)
     return Loader(rows, data.batch_size // process_count, data.prefetch)
+
+
+def plan(data: DataConfig, spec: StreamSpec, process_count: int = 1) -> str:
+    """What the input of one process takes, in a line: rows and their budgets, processes, batches ahead."""
+    rows = data.batch_size // process_count
+    each = 0
+    for axis, features in spec.axes.items():
+        numbers = (np.dtype(f.dtype).itemsize * math.prod(f.shape) for f in features.values())
+        each += data.budget[axis] * (4 * len(ADDED) + sum(numbers))
+    budget = ", ".join(f"{room} {axis}" for axis, room in data.budget.items())
+    ahead = f"{data.prefetch} batches ahead ({data.prefetch * rows * each / 2**20:.0f} MiB)"
+    return f"{rows} rows of {budget}; {data.workers or 'no'} worker processes, {ahead}"
+
+
+def fill_rates(data: DataConfig, serializer: Serializer, conversations: int) -> dict[str, Any]:
+    """How full the rows are that about so many conversations are packed into.
+
+    Returns:
+        plain values: rows, conversations_per_row, {axis}_filled for every axis, "binding" the axis that is
+        fullest, and what was left out (dropped, truncated, imageless).
+
+    Raises:
+        ConfigError, DataError: as :func:`make_loader` and its batches do.
+    """
+    data = dataclasses.replace(data, batch_size=1, prefetch=1)
+    with make_loader(data, serializer) as loader:
+        while True:
+            next(loader)
+            found = loader.stats()
+            if found["rows"] * found["conversations_per_row"] >= conversations:
+                break
+    filled = {name: share for name, share in found.items() if name.endswith("_filled")}
+    return {**found, "binding": max(filled, key=filled.get).removesuffix("_filled")}
 
 
 class Loader(Iterator[Batch]):

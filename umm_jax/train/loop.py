@@ -249,7 +249,7 @@ def _claim(workdir: Path, run: RunConfig) -> None:
 def _make_loader(run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig) -> Any:
     """The run's loader; the tokenizer is copied beside the run, which owns it from then on."""
     from umm_jax.data.files import write_atomic
-    from umm_jax.data.pipeline import make_loader
+    from umm_jax.data.pipeline import make_loader, plan
     from umm_jax.data.tokenizer import Tokenizer
 
     source, kept = Path(run.data.tokenizer), workdir / "tokenizer.model"
@@ -266,7 +266,8 @@ def _make_loader(run: RunConfig, workdir: Path, family: Family, model_config: Mo
     loader = make_loader(
         run.data, serializer, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    _say(f"data      {len(run.data.sources)} sources, {tokenizer.size} pieces, {run.data.batch_size} rows")
+    _say(f"data      {len(run.data.sources)} sources, {tokenizer.size} pieces")
+    _say(f"input     {plan(run.data, serializer.spec, jax.process_count())}")
     return loader
 
 
