@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from umm_jax.conversation import Box, Conversation, Image, ImageData, RecordError, Text, Turn
+from umm_jax.families.mm_interleaved import stream
 from umm_jax.families.mm_interleaved.stream import fit
 
 WORDS = toy.Words()
@@ -156,3 +157,33 @@ def test_halving_is_the_mean_of_four_and_the_crop_is_central():
     half = pixels.reshape(16, 2, 32, 2, 3).mean((1, 3))
     out = fit(pixels, 16).astype(float)  # one halving, no further change of size, the middle 16 columns
     assert np.abs(out - half[:, 8:24]).max() <= 1.0  # rounded twice
+
+
+# --- how pictures are halved and decoded ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 48), (65, 48), (64, 49), (97, 131), (640, 480)])
+def test_halving_is_that_of_a_box_filter_to_the_last_level(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(pixels)
+    box = picture.resize((size[0] // 2, size[1] // 2), PIL.Image.Resampling.BOX)
+    assert (np.asarray(stream._halved(picture)) == np.asarray(box)).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(format):
+    import io
+
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    smooth = PIL.Image.fromarray(coarse).resize((320, 256), PIL.Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    smooth.save(buffer, format, **({"quality": 90} if format == "JPEG" else {}))
+    image = ImageData(buffer.getvalue(), f"image/{format.lower()}", 320, 256)
+    sizes = [image.picture(least).size[::-1] for least in (None, 129, 128, 60, 10)]
+    small = [(128, 160), (64, 80), (32, 40)] if format == "JPEG" else [(256, 320)] * 3
+    assert sizes == [(256, 320), (256, 320), *small]
+    exact, scaled = (fit(image.picture(least), 100) for least in (None, 100))
+    assert exact.shape == scaled.shape == (100, 100, 3)
+    assert np.abs(exact.astype(int) - scaled).mean() < 2
+    if format == "PNG":
+        assert (exact == scaled).all()

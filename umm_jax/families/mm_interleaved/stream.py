@@ -47,6 +47,8 @@ class LayoutConfig:
         prefixes: what opens a turn of each role: a control piece, or plain text.
         turn_end: control piece that closes a turn; the assistant learns to predict it.
         document_end: control piece that closes a document, which has no turns.
+        scaled_decode: decode large JPEGs at a half, a quarter or an eighth where that is large enough: up to
+            twice as many pictures a second, and pixels that differ a little from the release's.
         box_format: "loc" writes a box as four location pieces `<locK>` of `box_bins` + 1 bins between
             <box> and </box>; "text" as the release does, "(x1,y1)(x2,y2)" in thousandths between the same
             tags, which are spelt in letters where the tokenizer has no pieces for them.
@@ -63,6 +65,7 @@ class LayoutConfig:
     )
     turn_end: str = "<eot>"
     document_end: str = "</s>"
+    scaled_decode: bool = False
     box_format: BoxFormat = "loc"
     box_bins: int = 24
 
@@ -212,9 +215,10 @@ class Serializer:
         }
         return {"tokens": tokens, "images": images}
 
-    def _picture(self, conversation: Conversation, part: Image | Mask) -> np.ndarray:
+    def _picture(self, conversation: Conversation, part: Image | Mask) -> Pillow.Image | np.ndarray:
         if isinstance(part, Image):
-            return conversation.images[part.ref].array()
+            sides = (self.layout.image_size, self.layout.target_size)
+            return conversation.images[part.ref].picture(max(sides) if self.layout.scaled_decode else None)
         # A mask is shown, and answered, as a picture: white where it is set. The family has no mask head.
         return np.repeat(part.array().astype(np.uint8)[..., None] * 255, 3, axis=-1)
 
@@ -289,21 +293,27 @@ class _Line:
         self.slot.extend(slots)
 
 
-def fit(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3] -> [side, side, 3].
+def fit(pixels: np.ndarray | Pillow.Image, side: int) -> np.ndarray:
+    """Resizes the short side to `side` and crops the centre: uint8 [h, w, 3], or in RGB -> [side, side, 3].
 
     Halves by box filter while the short side is at least twice too long, then bicubic (docs section 8; the
     release's "dual_numpy").
     """
-    h, w = pixels.shape[:2]
-    if (h, w) == (side, side):
-        return pixels
-    picture = Pillow.fromarray(pixels)
+    picture = pixels if isinstance(pixels, Pillow.Image) else Pillow.fromarray(pixels)
+    if picture.size == (side, side):
+        return np.asarray(pixels)
     while min(picture.size) >= 2 * side:
-        # Not Image.reduce: it rounds odd sides up, and its sums differently, by a level here and there.
-        picture = picture.resize((picture.width // 2, picture.height // 2), Pillow.Resampling.BOX)
+        picture = _halved(picture)
     scale = side / min(picture.size)
     size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
     picture = picture.resize(size, Pillow.Resampling.BICUBIC)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+def _halved(picture: Pillow.Image) -> Pillow.Image:
+    """Both sides halved by a box filter, odd ones rounded down."""
+    if picture.width % 2 or picture.height % 2:
+        return picture.resize((picture.width // 2, picture.height // 2), Pillow.Resampling.BOX)
+    # The same numbers in half the time. In one step reduce would round once where resize rounds twice.
+    return picture.reduce((2, 1)).reduce((1, 2))
