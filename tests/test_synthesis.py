@@ -259,6 +259,44 @@ def test_the_shares_of_the_settings_hold(made):
     assert {"steps", "recap", "clarify", "refuse"} <= {turn.op for r in made for turn in r.turns}
 
 
+def test_single_turns_about_the_same_pictures_become_one_dialogue(tmp_path):
+    """A drawing, an edit of it, a question about the edit; two drawings and what is composed of them."""
+    singles = [
+        record("drawing", (["draw a harbour"], ["a"], "draw")),
+        record("edit", (["a", "add a boat"], ["b"], "edit")),
+        record("question", (["b", "how many boats"], ["one"], "ask")),
+        record("other", (["draw a moon"], ["c"], "draw")),
+        record("composed", (["a", "c", "put both in one picture"], ["d"], "edit")),
+        record("half", (["c", "e", "put both in one picture"], ["f"], "edit")),
+    ]
+    make_records(lambda k: singles[k], len(singles), tmp_path / "singles", how={}, shards=1)
+
+    def said(stages: Stages) -> dict[str, set]:
+        made = Synthesizer([tmp_path / "singles"], stages)
+        found = {}
+        for k in range(120):
+            dialogue = made(k).conversation
+            shows = [(t.text, *(p.ref for p in t.parts if isinstance(p, Image))) for t in dialogue.turns[::2]]
+            found.setdefault(singles[k % 6].id, set()).add(tuple(shows))
+            if shows[0] == ("draw a harbour",) and "how many boats" in dict.fromkeys(s[0] for s in shows):
+                # Each turn rests on the one that shows its picture, whose words are known of what follows.
+                assert [t.depends_on for t in dialogue.turns[:6:2]] == [(), (1,), (3,)]
+                assert "harbour" in dialogue.meta["pictures"]["i1"]["maybe"]
+                assert dialogue.license == "MIT"
+        return found
+
+    apart = said(Stages(stages=(1,), join=0.0))
+    assert all(len(ways) == 1 and len(*ways) == 1 for ways in apart.values())
+    joined = said(Stages(stages=(1,), join=1.0))
+    draw, edit, ask = ("draw a harbour",), ("add a boat",), ("how many boats",)
+    assert joined["drawing"] == {(draw, edit, ask)} and joined["edit"] == {(draw, edit, ask)}
+    assert joined["question"] == {(("how many boats", "i0"),)}, "nothing says how b was drawn"
+    moon, both = ("draw a moon",), ("put both in one picture",)
+    assert joined["composed"] == {(draw, moon, both)}
+    assert joined["half"] == {(("put both in one picture", "i0", "i1"),)}
+    assert joined["other"] == {(("draw a moon",),)}, "what brings two pictures does not follow one"
+
+
 @pytest.mark.parametrize("stages, absent", [((1,), ("dependent", "distractor")), ((1, 3), ("dependent",))])
 def test_stages_may_be_left_out(folder, stages, absent):
     make = Synthesizer([folder], Stages(stages=stages))
@@ -297,7 +335,7 @@ def test_licences_of_all_sources_are_joined_and_splits_stay_apart(tmp_path, fold
     "wrong, said",
     [
         (dict(stages=(4,)), "stages are of 1, 2 and 3"),
-        (dict(negatives=2.0), "negatives a share"),
+        (dict(negatives=2.0), "negatives and join shares"),
         (dict(kinds={"tlak": 1.0}), "'tlak'"),
         (dict(references={"order": 0.0}), "not all zero"),
         (dict(distractors={"1": -1.0}), "must not be negative"),

@@ -172,6 +172,41 @@ def _made(op: str, said: str, about: Picture | None, key: str, image: ImageData)
     return Picture(key, image, None, before | phrases(said))
 
 
+def pooled(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Exchanges of several records with all that any of them knows of a picture.
+
+    What is known of an edited picture is possible of the picture that was made of it.
+    """
+    found: dict[str, Picture] = {}
+
+    def learn(picture: Picture, further: frozenset[str] = frozenset()) -> Picture:
+        old = found.get(picture.key, picture)
+        facts = old.facts if picture.facts is None else picture.facts
+        merged = replace(old, facts=facts, maybe=old.maybe | picture.maybe | further)
+        found[picture.key] = replace(merged, words=old.words or picture.words)
+        return found[picture.key]
+
+    for exchange in exchanges:
+        about = None if exchange.about is None else learn(exchange.about)
+        for picture in exchange.brings:
+            learn(picture)
+        possible = frozenset() if about is None else (about.facts or frozenset()) | about.maybe
+        for part in exchange.answer:
+            if isinstance(part, Picture):
+                learn(part, possible if exchange.op == "edit" and part.facts is None else frozenset())
+    return [_again(exchange, found) for exchange in exchanges]
+
+
+def _again(exchange: Exchange, found: Mapping[str, Picture]) -> Exchange:
+    return replace(
+        exchange,
+        answer=tuple(found[p.key] if isinstance(p, Picture) else p for p in exchange.answer),
+        brings=tuple(found[p.key] for p in exchange.brings),
+        about=None if exchange.about is None else found[exchange.about.key],
+        needs=tuple(found[p.key] for p in exchange.needs),
+    )
+
+
 # --- and together again -----------------------------------------------------------------------------------
 
 

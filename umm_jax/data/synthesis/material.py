@@ -28,6 +28,8 @@ class Material:
         self.sources = [open_source(folder) for folder in folders]
         self.chains: list[tuple[int, int]] = []  # (folder, record)
         self.singles: dict[str, list[tuple[int, int, int]]] = {}  # kind: (folder, record, exchange)
+        self.about: dict[str, list[tuple[int, int, int]]] = {}  # picture: what is said of it
+        self.drawn: dict[str, list[tuple[int, int, int]]] = {}  # picture: what it was drawn for
         for f, source in enumerate(self.sources):
             for r, record in enumerate(source):
                 if record.split != split:
@@ -36,8 +38,13 @@ class Material:
                 if chain and chain[0].pictures:
                     self.chains.append((f, r))
                 for e, exchange in enumerate(chain):
-                    if exchange.stands_alone and (exchange.about is None or exchange.op != "draw"):
-                        self.singles.setdefault(_kind(exchange), []).append((f, r, e))
+                    if not exchange.stands_alone:
+                        continue
+                    self.singles.setdefault(_kind(exchange), []).append((f, r, e))
+                    if exchange.about is not None:
+                        self.about.setdefault(exchange.about.key, []).append((f, r, e))
+                    elif exchange.op == "draw" and len(exchange.pictures) == 1:
+                        self.drawn.setdefault(exchange.pictures[0].key, []).append((f, r, e))
         if not self.chains:
             where = ", ".join(str(folder) for folder in folders)
             raise DataError(
@@ -52,6 +59,28 @@ class Material:
         folder, record = self.chains[index]
         found = self.sources[folder].conversation(record)
         return chain_of(found), found.source, found.license
+
+    def of(
+        self, picture: Picture, rng: random.Random, told: Sequence[Exchange]
+    ) -> tuple[Exchange, str] | None:
+        """What another record says or makes of a picture, and its licence; nothing of `told` again."""
+        return self._joined(self.about, picture, rng, told)
+
+    def request(
+        self, picture: Picture, rng: random.Random, told: Sequence[Exchange]
+    ) -> tuple[Exchange, str] | None:
+        """What a picture was drawn for, and its licence; None where the data does not say."""
+        return self._joined(self.drawn, picture, rng, told)
+
+    def _joined(self, index, picture, rng, told) -> tuple[Exchange, str] | None:
+        places = index.get(picture.key, ())
+        said = {e.said for e in told if picture.key in {p.key for p in (e.about, *e.pictures) if p}}
+        for folder, record, at in rng.sample(places, min(len(places), 8)):
+            found = self.sources[folder].conversation(record)
+            exchange = chain_of(found)[at]
+            if exchange.said not in said:
+                return exchange, found.license
+        return None
 
     def single(self, kind: str, rng: random.Random, avoid: set[str]) -> tuple[Exchange, str] | None:
         """An exchange that stands alone, with its licence: "talk", "question", "draw" or "edit".

@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from umm_jax.data.synthesis.exchanges import Exchange, Picture
+from umm_jax.data.synthesis.exchanges import Exchange, Picture, pooled
 from umm_jax.data.synthesis.material import Material, distinct, keys
 from umm_jax.data.synthesis.references import NAMES, ORDINALS, Reference, history, possible
 from umm_jax.errors import ConfigError
@@ -24,7 +24,8 @@ class Stages:
 
     Attributes:
         stages: of 1, 2, 3.
-        turns: most exchanges taken of one record.
+        turns: most exchanges of stage 1.
+        join: share of dialogues to which other records about the same pictures are joined.
         distractors: how many come between a picture and the question about it, by weight.
         kinds: what they are, by weight: "talk", "question" (about a picture of its own), "draw", "edit".
         negatives: share of dialogues of stage 2 whose last question is about the last picture and says
@@ -35,6 +36,7 @@ class Stages:
 
     stages: tuple[int, ...] = (1, 2, 3)
     turns: int = 5
+    join: float = 0.5
     distractors: Mapping[str, float] = field(
         default_factory=lambda: {"1": 0.35, "2": 0.30, "3": 0.20, "4": 0.15}
     )
@@ -61,8 +63,8 @@ class Stages:
     def __post_init__(self):
         if not self.stages or set(self.stages) - {1, 2, 3}:
             raise ConfigError(f"stages are of 1, 2 and 3, got {list(self.stages)}")
-        if self.turns < 1 or not 0 <= self.negatives <= 1:
-            raise ConfigError("turns must be positive, and negatives a share from 0 to 1")
+        if self.turns < 1 or not (0 <= self.negatives <= 1 and 0 <= self.join <= 1):
+            raise ConfigError("turns must be positive, and negatives and join shares from 0 to 1")
         known = {"kinds": {"talk", "question", "draw", "edit"}, "interleaved": set(PLANS)}
         known["distractors"] = {str(n) for n in range(1, len(ORDINALS) - 1)}
         known["references"] = {"order", "drawn", "sent", "content", "name", "other", "before", "topic"}
@@ -90,14 +92,49 @@ class Plan:
 # --- stage 1 ------------------------------------------------------------------------------------------------
 
 
-def stateful(chain: Sequence[Exchange], license: str, settings: Stages) -> Plan | None:
-    """The longest beginning of a record that can be moved, ended before what leans on more than a picture."""
+def stateful(
+    chain: Sequence[Exchange], license: str, material: Material, settings: Stages, rng: random.Random
+) -> Plan | None:
+    """The longest beginning of a record that can be moved, ended before what leans on more than a picture.
+
+    Records about the same pictures are joined to it: what a picture was drawn for comes before what is done
+    to it (a drawing and its edit; drawings, and what is composed of them), and what others say of the last
+    picture comes after it (an edit and a question; a question, another, an edit).
+    """
     kept = []
     for exchange in chain[: settings.turns]:
         if not exchange.stands_alone:
             break
         kept.append(exchange)
-    return Plan(kept, [license]) if kept and kept[0].pictures else None
+    if not kept or not kept[0].pictures:
+        return None
+    licenses = [license]
+    if rng.random() < settings.join:
+        kept = _begun(kept, licenses, material, settings, rng)
+        while len(kept) < settings.turns:
+            shown = [picture for exchange in kept for picture in exchange.pictures]
+            found = material.of(shown[-1], rng, kept)
+            # What brings another picture as well would have to say which of them it means.
+            if found is None or any(p.key != shown[-1].key for p in found[0].brings):
+                break
+            kept.append(replace(found[0], brings=()))
+            licenses.append(found[1])
+    return Plan(pooled(kept), licenses)
+
+
+def _begun(
+    kept: list[Exchange], licenses: list[str], material: Material, settings: Stages, rng: random.Random
+) -> list[Exchange]:
+    """The pictures that the first exchange brings are drawn before it, where the data says how."""
+    first = kept[0]
+    found = [material.request(picture, rng, kept) for picture in first.brings]
+    # With some drawn and some brought they would come in another order than the words count them.
+    if not found or None in found or len(kept) + len(found) > settings.turns:
+        return kept
+    licenses += [license for _, license in found]
+    about = first.about and first.about.key
+    needs = tuple(picture for picture in first.brings if picture.key != about)
+    return [*(drawn for drawn, _ in found), replace(first, brings=(), needs=needs), *kept[1:]]
 
 
 # --- stage 2 ------------------------------------------------------------------------------------------------

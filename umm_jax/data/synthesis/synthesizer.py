@@ -14,7 +14,7 @@ from umm_jax.data.synthesis.material import Material
 from umm_jax.data.synthesis.rewriters import TemplateRewriter
 
 # Of what is made from the same records, settings and seed.
-VERSION = 1
+VERSION = 2
 TRIES = 8
 
 
@@ -85,7 +85,7 @@ class Synthesizer:
         return Made(None, tally)
 
     def _plan(self, chain, license: str, rng: random.Random) -> tuple[stages.Plan | None, str]:
-        plan = stages.stateful(chain, license, self.settings)
+        plan = stages.stateful(chain, license, self.material, self.settings, rng)
         if plan is None:
             return None, "stage 1: leans on more than pictures"
         if 2 in self.settings.stages:
