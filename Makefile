@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | clean
+# make setup | demo | test | test-all | test-beam | clean
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu says where the tests' torch comes from, where the default
 # index would give a build for CUDA.
@@ -17,7 +17,7 @@ INPUTS := setup.py requirements.txt
 timed = @start=$$(date +%s); $(2) || { status=$$?; echo "$(1) failed (status $$status)" >&2; exit $$status; }; \
   echo "$(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: setup demo test test-all clean
+.PHONY: setup demo test test-all test-beam clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -52,5 +52,14 @@ test: $(VENV)/.tested
 test-all: $(VENV)/.tested
 	@$(PYTEST) $(ARGS)
 
+# Apache Beam pins much, so it has an environment of its own.
+.beam/.installed: $(INPUTS)
+	@"$(PYTHON)" -m venv .beam
+	$(call timed,beam environment,.beam/bin/python -m pip --disable-pip-version-check install --quiet pytest -e '.[beam]')
+	@touch $@
+
+test-beam: .beam/.installed
+	@JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q tests/test_beam_runner.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .beam build dist *.egg-info

@@ -47,6 +47,8 @@ setup(
         # Importing parquet and arrow files.
         "data": DATA,
         "tfds": TFDS,
+        # umm data ... --beam; best in an environment of its own, for it pins much.
+        "beam": ["apache-beam>=2.60"],
         # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.
         "plan": ["libtpu"],
         "tpu": ["jax[tpu]>=0.10.2"],

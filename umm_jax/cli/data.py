@@ -1,6 +1,7 @@
 """``umm data``: making, importing and looking at conversations on disk."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,8 +45,7 @@ def add(commands) -> None:
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--seed", type=int, help="another seed, other conversations (default: 0, or the config's)")
     p.add_argument("--split", default="train", help="which scenes may appear")
-    p.add_argument("--shards", type=positive, default=4, help="number of files")
-    p.add_argument("--workers", type=int, default=1, help="processes that generate")
+    _of_shards(p, 4)
 
     p = of_the_world(
         "tokenizer", _tokenizer, "Train a tokenizer: of every word of the world, or on your data."
@@ -87,8 +87,7 @@ def add(commands) -> None:
     p.add_argument("--source", default="", help="name of the source in the records (default: the kind)")
     p.add_argument("--license", default="", help="terms the records may be used under")
     p.add_argument("--split", default="train", help="name of the split")
-    p.add_argument("--shards", type=positive, default=8, help="number of files")
-    p.add_argument("--workers", type=int, default=1, help="processes that import")
+    _of_shards(p, 8)
 
     command(of_data, "formats", _formats, "List what import reads.")
 
@@ -116,6 +115,19 @@ def add(commands) -> None:
     p.add_argument("--config", help="say too how full the rows are that this config makes of it")
     p.add_argument("--tokenizer", metavar="FILE", help="count text tokens too")
     p.add_argument("--limit", type=positive, default=2000, help="conversations to read at most")
+
+
+def _of_shards(p: argparse.ArgumentParser, shards: int) -> None:
+    """How many files, and who writes them: the bytes do not depend on who."""
+    p.add_argument("--shards", type=positive, default=shards, help="number of files")
+    p.add_argument("--workers", type=int, default=1, help="processes that write them")
+    p.add_argument(
+        "--beam",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="write them with an Apache Beam pipeline of these options: --beam='--runner=FlinkRunner ...'",
+    )
 
 
 def _world(args):
@@ -181,6 +193,11 @@ def _make(args, make, count: int, how: dict, what: str, max_rejected: float = 0.
     from umm_jax.data.making import make_records
     from umm_jax.data.quarantine import FILE
 
+    runner = None
+    if args.beam is not None:
+        from umm_jax.data.beam_runner import BeamRunner
+
+        runner = BeamRunner(shlex.split(args.beam))
     with tqdm(total=count, desc=what, unit=" records", disable=None) as bar:
         source = make_records(
             make,
@@ -189,6 +206,7 @@ def _make(args, make, count: int, how: dict, what: str, max_rejected: float = 0.
             how=how,
             shards=args.shards,
             workers=args.workers,
+            runner=runner,
             name=args.split,
             max_rejected=max_rejected,
             progress=lambda done, _: bar.update(done - bar.n),

@@ -9,6 +9,7 @@ why, is counted in the manifest and written to the quarantine, see ``quarantine.
 import json
 import multiprocessing
 import multiprocessing.connection
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,10 @@ class Made(NamedTuple):
 
 
 Make = Callable[[int], Conversation | Made]
+# (path, first index, last index + 1, whether the first rejected record fails it) of a shard.
+Job = tuple[str, int, int, bool]
+# Does the jobs with :func:`write_shard`, wherever that is, so that all files are in place when it returns.
+Runner = Callable[[Make, Sequence[Job]], None]
 _REPORT_EVERY = 64  # records between two messages of a worker about its progress
 
 
@@ -42,6 +47,7 @@ def make_records(
     how: Mapping[str, Any],
     shards: int = 8,
     workers: int = 1,
+    runner: Runner | None = None,
     name: str = "data",
     max_rejected: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
@@ -54,6 +60,7 @@ def make_records(
         how: plain JSON values from which the data could be made again: generator, settings, seed. It is
             stored, and decides whether shards found in `out` belong to this run.
         shards: number of files. workers: processes; 0 and 1 work in this one.
+        runner: writes the shards in place of `workers`.
         max_rejected: the share of records, and of pictures, that may be rejected. More fail the run, with 0
             the very first does; what was finished is kept, and a later run may allow more.
         progress: called with (records done, count), now and then.
@@ -85,10 +92,14 @@ def make_records(
     done = {s: _finished(paths[s]) for s in finished}
     total = Total(sum(edges[s + 1] - edges[s] for s in done), count, progress)
     try:
-        if workers > 1 and len(jobs) > 1:
+        if runner is not None and jobs:
+            runner(make, list(jobs.values()))
+            done |= {s: _finished(paths[s]) for s in jobs}
+            total.add(count - total.done)
+        elif workers > 1 and len(jobs) > 1:
             done |= _parallel(make, jobs, min(workers, len(jobs)), total)
         else:
-            done |= {s: _write_shard(make, job, total.add) for s, job in jobs.items()}
+            done |= {s: write_shard(make, job, total.add) for s, job in jobs.items()}
     except KeyboardInterrupt:
         there = sum(path.exists() for path in paths)
         raise Interrupted(
@@ -149,12 +160,17 @@ def _prepare(out: Path, recipe: dict[str, Any]) -> bool:
                     "choose another folder, or delete this one"
                 )
             for part in out.glob("*.part"):  # left by a run that was killed
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
             return complete
         if any(out.iterdir()):
             raise DataError(f"{out}: not empty, and not made here; choose another folder")
     write_atomic(out / records.UNFINISHED, json.dumps(recipe, indent=1) + "\n")
     return False
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """All that :func:`write_shard` writes, in order: the shard comes last, and with it the rest is whole."""
+    return _quarantine(path), _tally(path), path
 
 
 def _tally(path: Path) -> Path:
@@ -187,9 +203,8 @@ class Total:
             self.report(self.done, self.count)
 
 
-def _write_shard(
-    make: Make, job: tuple[str, int, int, bool], report: Callable[[int], None]
-) -> tuple[records.Shard, Tally]:
+def write_shard(make: Make, job: Job, report: Callable[[int], None]) -> tuple[records.Shard, Tally]:
+    """Makes the records of one shard and writes them, and beside them what there is to count and to tell."""
     path, start, stop, strict = job
     beside = (_quarantine(Path(path)), _tally(Path(path)))
     for file in beside:
@@ -287,7 +302,7 @@ def _worker(make: Make, pipe: multiprocessing.connection.Connection) -> None:
     try:
         while True:
             _, job = pipe.recv()
-            pipe.send(_write_shard(make, job, pipe.send))
+            pipe.send(write_shard(make, job, pipe.send))
     except (EOFError, ConnectionError):
         return
     except UserError as error:
