@@ -21,22 +21,25 @@ from umm_jax.models.mot import MixtureConfig, MixtureOfTransformers, begun_from
 BUDGET = {"tokens": 140, "images": 4, "latents": 160, "patches": 16}
 
 
-def rows(serializer, *groups, budget=BUDGET):
-    return jax.tree.map(jnp.asarray, batch([pack_row(list(g), serializer.spec, budget) for g in groups]))
+def rows(serializer, *groups, budget=BUDGET, align=None):
+    packed = [pack_row(list(g), serializer.spec, budget, align or {}) for g in groups]
+    return jax.tree.map(jnp.asarray, batch(packed))
 
 
-def test_a_packed_row_computes_what_its_conversations_would_alone():
+@pytest.mark.parametrize("align", [{}, {"tokens": 20, "latents": 32, "images": 2}])
+def test_a_packed_row_computes_what_its_conversations_would_alone(align):
     config = toy.model_config()
     model, serializer = toy.model(config), toy.serializer(config)
     a, b = (serializer(toy.conversation(seed, exchanges=1 + seed)) for seed in range(2))
-    packed, alone = rows(serializer, [a, b]), rows(serializer, [a], [b])
+    packed, alone = rows(serializer, [a, b], align=align), rows(serializer, [a], [b])
     draws = model.draw(alone, jax.random.key(0))
 
     def gathered(x, axis, second_start):
         """What two rows hold, as one: the first row's part, then the second's."""
         return jnp.concatenate([x[:1, :second_start], x[1:, : x.shape[1] - second_start]], axis=1)
 
-    start = {axis: int((packed[axis]["segment_ids"] == 1).sum()) for axis in packed}
+    start = {axis: int(np.argmax(packed[axis]["segment_ids"] == 2)) for axis in packed}
+    assert all(start[axis] % multiple == 0 for axis, multiple in align.items())
     together = draws._replace(
         posterior=gathered(draws.posterior, "images", start["images"]),
         noise=gathered(draws.noise, "latents", start["latents"]),

@@ -183,14 +183,18 @@ def test_packed_and_unpacked_rows_give_equal_losses_and_gradients(config, model,
         return jnp.sum(model._image_weights(drawn) * error)
 
     grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
-    (packed, weights), packed_grads = grad(params, rows(config, [streams]))
+    align = {"tokens": 8, "images": 1}
+    apart_in_row = [pack_row(streams, toy.serializer(config).spec, {"tokens": 104, "images": 7}, align)]
+    aligned = jax.tree.map(jnp.asarray, batch(apart_in_row))
     (apart, apart_weights), apart_grads = grad(params, rows(config, [[s] for s in streams], 40, 3))
-    np.testing.assert_allclose(weights["text"], apart_weights["text"])
-    np.testing.assert_allclose(weights["image"], apart_weights["image"], rtol=1e-6)
-    np.testing.assert_allclose(packed, apart, rtol=1e-5)
     scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(apart_grads))
-    for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(apart_grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+    for data in (rows(config, [streams]), aligned):
+        (packed, weights), packed_grads = grad(params, data)
+        np.testing.assert_allclose(weights["text"], apart_weights["text"])
+        np.testing.assert_allclose(weights["image"], apart_weights["image"], rtol=1e-6)
+        np.testing.assert_allclose(packed, apart, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(apart_grads), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * scale)
 
 
 def test_images_that_are_only_shown_need_no_decoder(config, streams):

@@ -44,6 +44,18 @@ def test_layout_is_as_drawn_in_the_docstring():
     assert images["pixels"].dtype == np.uint8 and tokens["ids"].dtype == np.int32
 
 
+def test_each_conversation_begins_where_a_block_does():
+    row = pack_row([stream(5, 1, 3), stream(4, 2, 4)], SPEC, size(12, 4), {"tokens": 4, "images": 2})
+    tokens, images = row["tokens"], row["images"]
+    assert tokens["segment_ids"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 2]
+    assert tokens["positions"].tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 0, 1, 2, 3]
+    assert tokens["ids"].tolist() == [3] * 5 + [9] * 3 + [4] * 4
+    assert tokens["slot"].tolist() == [0, -1, -1, -1, -1, -1, -1, -1, 2, 3, -1, -1]
+    assert images["segment_ids"].tolist() == [1, 0, 2, 2]
+    with pytest.raises(ValueError, match="16 tokens in a row of 12"):
+        pack_row([stream(5, 1, 3), stream(5, 2, 4)], SPEC, size(12, 4), {"tokens": 4})
+
+
 def test_unpacking_by_segment_gives_every_stream_back():
     rng = np.random.default_rng(0)
     streams = [stream(int(rng.integers(1, 9)), int(rng.integers(0, 4)), k) for k in range(6)]

@@ -132,9 +132,37 @@ def test_packing_loses_and_repeats_nothing(folder):
     assert max(seen.values()) - min(seen.values()) <= 1 + 1  # an epoch under way, and open rows
 
 
-@pytest.mark.parametrize("packing", ["first_fit", "none"])
+def test_rows_are_aligned(folder):
+    data = config(folder, align={"tokens": 8})
+    seen = load(data, 20)
+    begins = [
+        (row[1:] != row[:-1]) & (row[1:] > 0) for b in seen for row in np.asarray(b["tokens"]["segment_ids"])
+    ]
+    places = np.concatenate([np.flatnonzero(row) + 1 for row in begins])
+    assert len(places) > 10 and not (places % 8).any()
+    assert len(conversations(seen)) < len(conversations(load(config(folder), 20))), "it costs room"
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"tokens": 7}, "align.tokens=7 must divide .* it is 24"),
+        ({"tokens": 0}, "align.tokens=0 must divide"),
+        ({"latents": 8}, "the axes are tokens, images"),
+    ],
+)
+def test_what_cannot_be_aligned(folder, wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        config(folder, align=wrong)
+    with pytest.raises(ConfigError, match="not for rows that are cut"):
+        config(folder, align={"tokens": 8}, packing="cut")
+
+
+@pytest.mark.parametrize("packing", ["first_fit", "none", "aligned"])
 def test_the_state_is_exact_at_every_step_and_plain_json(folder, packing):
-    data = config(folder, packing=packing)
+    align = {"tokens": 8} if packing == "aligned" else {}
+    packing = "first_fit" if align else packing
+    data = config(folder, packing=packing, align=align)
     with make_loader(data, Serializer()) as loader:
         states, batches = [json.dumps(loader.get_state())], []
         for _ in range(12):
@@ -144,7 +172,7 @@ def test_the_state_is_exact_at_every_step_and_plain_json(folder, packing):
     for step, state in enumerate(states[:-1]):
         same(load(data, len(batches[step:]), json.loads(state)), batches[step:])
     # The state can also be set back on a loader that has run on, and does not depend on prefetching.
-    with make_loader(config(folder, packing=packing, prefetch=0), Serializer()) as loader:
+    with make_loader(config(folder, packing=packing, align=align, prefetch=0), Serializer()) as loader:
         same([next(loader) for _ in range(9)], batches[:9])
         assert json.dumps(loader.get_state()) == states[9]
         loader.set_state(json.loads(states[4]))

@@ -256,7 +256,8 @@ def test_the_shares_of_the_settings_hold(made):
     dependent, negative = of_role(made, "dependent"), of_role(made, "negative")
     assert 0.1 < len(negative) / (len(dependent) + len(negative)) < 0.3
     assert min(d for r in made for d in checks.distance(r)) >= 2
-    assert {"steps", "recap", "clarify", "refuse"} <= {turn.op for r in made for turn in r.turns}
+    plans = {"steps", "recap", "before_after", "clarify", "refuse"}
+    assert plans <= {turn.op for r in made for turn in r.turns}
 
 
 def test_single_turns_about_the_same_pictures_become_one_dialogue(tmp_path):
@@ -295,6 +296,23 @@ def test_single_turns_about_the_same_pictures_become_one_dialogue(tmp_path):
     assert joined["composed"] == {(draw, moon, both)}
     assert joined["half"] == {(("put both in one picture", "i0", "i1"),)}
     assert joined["other"] == {(("draw a moon",),)}, "what brings two pictures does not follow one"
+
+
+def test_the_last_change_is_shown_before_and_after_and_a_story_is_told(tmp_path):
+    told = [
+        record("edit", (["a", "add a boat"], ["ok", "b"], "edit"), (["how many boats"], ["one"], "ask")),
+        record("tale", (["tell a story in pictures"], ["it began", "c", "it ended", "d"], "story")),
+    ]
+    make_records(lambda k: told[k], 2, tmp_path / "told", how={}, shards=1)
+
+    def answers(kind: str) -> set:
+        make = Synthesizer([tmp_path / "told"], Stages(stages=(1, 3), interleaved={kind: 1.0}))
+        made = [make(2 * k).conversation for k in range(20)]
+        last = [d.turns[-1] for d in made if d is not None and d.turns[-1].op == kind]
+        return {tuple(getattr(p, "text", None) or f"<{p.ref}>" for p in turn.parts) for turn in last}
+
+    assert answers("before_after") == {("before", "<i0>", "after: add a boat", "<i1>")}
+    assert answers("story") == {("it began", "<i2>", "it ended", "<i3>")}
 
 
 @pytest.mark.parametrize("stages, absent", [((1,), ("dependent", "distractor")), ((1, 3), ("dependent",))])

@@ -195,6 +195,9 @@ class DataConfig:
         licenses: "commercial" refuses folders that hold a record whose licence does not plainly permit
             commercial use, or is not named.
         packing_bins: rows kept open by first-fit.
+        align: by axis, where each conversation of a row may begin: at a multiple of this, which divides the
+            axis's budget. Blocks of attention that are as long hold one conversation each, and those between
+            conversations are skipped.
         batch_size: rows per step over all devices and accumulation steps.
         prefetch: batches prepared ahead by the input thread.
         workers: decoding processes; 0 decodes in the input thread. Where rows are cut, they are divided among
@@ -211,6 +214,7 @@ class DataConfig:
     oversize: typing.Literal["refuse", "drop", "truncate", "oldest", "smaller"] = "refuse"
     licenses: typing.Literal["any", "commercial"] = "any"
     packing_bins: int = 8
+    align: dict[str, int] = field(default_factory=dict)
     batch_size: int = 16
     shuffle_seed: int = 0
     prefetch: int = 4
@@ -219,6 +223,15 @@ class DataConfig:
     def __post_init__(self):
         if self.batch_size < 1 or min(self.budget.values()) < 1:
             raise ConfigError("batch_size, tokens, images and axes must be positive")
+        for axis, multiple in self.align.items():
+            if self.packing == "cut":
+                raise ConfigError("align is not for rows that are cut")
+            if axis not in self.budget or multiple < 1 or self.budget[axis] % multiple:
+                room = self.budget.get(axis)
+                raise ConfigError(
+                    f"align.{axis}={multiple} must divide the budget of a row's axis; "
+                    + (f"it is {room}" if room else f"the axes are {', '.join(self.budget)}")
+                )
         if self.packing == "cut" and self.oversize in ("oldest", "smaller"):
             raise ConfigError(
                 f"oversize={self.oversize} is not for documents that are cut; choose truncate or drop"

@@ -30,14 +30,25 @@ ADDED = ("segment_ids", "positions")
 # --- rows and batches -----------------------------------------------------------------------------
 
 
-def pack_row(streams: Sequence[Stream], spec: StreamSpec, budget: Mapping[str, int]) -> Row:
+def aligned(length: Mapping[str, int], align: Mapping[str, int]) -> dict[str, int]:
+    """What a conversation takes of each axis where the next one begins at a multiple of `align`."""
+    return {axis: -(-n // align.get(axis, 1)) * align.get(axis, 1) for axis, n in length.items()}
+
+
+def pack_row(
+    streams: Sequence[Stream], spec: StreamSpec, budget: Mapping[str, int], align: Mapping[str, int] = {}
+) -> Row:
     """Lays `streams` end to end and pads each axis to its `budget`.
+
+    Args:
+        align: by axis, each stream begins at a multiple of this; what lies between is padding, of no segment.
 
     Raises:
         ValueError: they do not fit, or the spec itself names a feature in :data:`ADDED`.
     """
     lengths = [stream_length(stream) for stream in streams]
-    starts = {axis: np.cumsum([0] + [length[axis] for length in lengths]) for axis in spec.axes}
+    taken = [aligned(length, align) for length in lengths]
+    starts = {axis: np.cumsum([0] + [length[axis] for length in taken]) for axis in spec.axes}
     row: Row = {}
     for axis, features in spec.axes.items():
         room = budget[axis]
@@ -52,10 +63,10 @@ def pack_row(streams: Sequence[Stream], spec: StreamSpec, budget: Mapping[str, i
                 values = stream[axis][name]
                 if feature.refers is not None:
                     values = np.where(values < 0, values, values + starts[feature.refers][k])
-                array[starts[axis][k] : starts[axis][k + 1]] = values
+                array[starts[axis][k] : starts[axis][k] + len(values)] = values
             arrays[name] = array
         for k, length in enumerate(lengths):
-            place = slice(starts[axis][k], starts[axis][k + 1])
+            place = slice(starts[axis][k], starts[axis][k] + length[axis])
             arrays["segment_ids"][place] = k + 1
             arrays["positions"][place] = np.arange(length[axis])
         row[axis] = arrays

@@ -26,7 +26,7 @@ from umm_jax.conversation import Conversation
 from umm_jax.data.cut_rows import CutRows, rule
 from umm_jax.data.cutting import after_image, fit_document
 from umm_jax.data.licenses import check_commercial
-from umm_jax.data.packing import ADDED, Batch, Fill, FirstFit, Row, batch, budget_name, fit, pack_row
+from umm_jax.data.packing import ADDED, Batch, Fill, FirstFit, Row, aligned, batch, budget_name, fit, pack_row
 from umm_jax.data.reading import COUNTS, read
 from umm_jax.data.records import RecordSource, open_source
 from umm_jax.errors import ConfigError, DataError
@@ -266,8 +266,8 @@ class _PackedIterator(grain.DatasetIterator):
                 continue
             dropped_in_a_row = 0
             self._truncated += truncated
-            closed = self._open.add((n, stream), stream_length(stream))
-        return pack_row([stream for _, stream in closed], self._spec, self._data.budget)
+            closed = self._open.add((n, stream), self._taken(stream))
+        return pack_row([stream for _, stream in closed], self._spec, self._data.budget, self._data.align)
 
     def get_state(self) -> dict[str, Any]:
         return {
@@ -286,7 +286,10 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _again(self, n: int) -> tuple[tuple[int, Stream], dict[str, int]]:
         stream, _ = self._elements[n]
-        return (n, stream), stream_length(stream)
+        return (n, stream), self._taken(stream)
+
+    def _taken(self, stream: Stream) -> dict[str, int]:
+        return aligned(stream_length(stream), self._data.align)
 
     def _stop_reading(self) -> None:
         if self._reader is not None:

@@ -16,7 +16,7 @@ from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part
 from umm_jax.data.synthesis.references import Reference, Told, phrases
 
 # What may be moved about in a dialogue: answered from the words and at most one picture.
-MOVABLE = ("draw", "edit", "ask", "describe", "locate", "segment", "chat")
+MOVABLE = ("draw", "edit", "ask", "describe", "locate", "segment", "chat", "story")
 # Words that lean on what was said just before.
 _LEANING = {
     "it",

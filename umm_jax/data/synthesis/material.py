@@ -83,7 +83,7 @@ class Material:
         return None
 
     def single(self, kind: str, rng: random.Random, avoid: set[str]) -> tuple[Exchange, str] | None:
-        """An exchange that stands alone, with its licence: "talk", "question", "draw" or "edit".
+        """An exchange that stands alone, with its licence: "talk", "question", "draw", "edit" or "story".
 
         A picture it is about comes with it. None where there is none that shows no picture of `avoid`.
         """
@@ -104,6 +104,8 @@ class Material:
 
 
 def _kind(exchange: Exchange) -> str:
+    if len(exchange.pictures) - len(exchange.brings) > 1:
+        return "story"  # or steps: an answer of several pictures
     match exchange.op:
         case "draw" | "edit":
             return exchange.op

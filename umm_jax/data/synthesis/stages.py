@@ -57,7 +57,14 @@ class Stages:
         }
     )
     interleaved: Mapping[str, float] = field(
-        default_factory=lambda: {"steps": 0.3, "recap": 0.3, "clarify": 0.2, "refuse": 0.2}
+        default_factory=lambda: {
+            "steps": 0.2,
+            "recap": 0.2,
+            "before_after": 0.15,
+            "story": 0.1,
+            "clarify": 0.175,
+            "refuse": 0.175,
+        }
     )
 
     def __post_init__(self):
@@ -65,7 +72,7 @@ class Stages:
             raise ConfigError(f"stages are of 1, 2 and 3, got {list(self.stages)}")
         if self.turns < 1 or not (0 <= self.negatives <= 1 and 0 <= self.join <= 1):
             raise ConfigError("turns must be positive, and negatives and join shares from 0 to 1")
-        known = {"kinds": {"talk", "question", "draw", "edit"}, "interleaved": set(PLANS)}
+        known = {"kinds": {"talk", "question", "draw", "edit"}, "interleaved": {*PLANS, "story"}}
         known["distractors"] = {str(n) for n in range(1, len(ORDINALS) - 1)}
         known["references"] = {"order", "drawn", "sent", "content", "name", "other", "before", "topic"}
         for name, allowed in known.items():
@@ -197,7 +204,10 @@ def _split(exchanges: Sequence[Exchange], rng: random.Random, last: bool) -> tup
     own = [
         k
         for k in range(1, len(exchanges))
-        if exchanges[k].about is not None and not exchanges[k].brings and keys(exchanges[:k])
+        if exchanges[k].about is not None
+        and not exchanges[k].brings
+        and keys(exchanges[:k])
+        and exchanges[k].op != "story"
     ]
     if own and rng.random() < 0.7:
         k = rng.choice(own)
@@ -237,14 +247,18 @@ def _named_at(told: Sequence[Exchange], picture: Picture) -> int | None:
 # --- stage 3 ------------------------------------------------------------------------------------------------
 
 
-def interleaved(plan: Plan, settings: Stages, rng: random.Random) -> Plan | None:
+def interleaved(plan: Plan, material: Material, settings: Stages, rng: random.Random) -> Plan | None:
     """One plan of an answer with several parts, of those this dialogue allows."""
     weights = dict(settings.interleaved)
     while weights and sum(weights.values()):
         kind = weighted(rng, weights)
-        made = PLANS[kind](plan.exchanges, rng)
+        licenses = list(plan.licenses)
+        if kind == "story":
+            made = _story(plan.exchanges, licenses, material, rng)
+        else:
+            made = PLANS[kind](plan.exchanges, rng)
         if made is not None:
-            return Plan(made, plan.licenses)
+            return Plan(made, licenses)
         del weights[kind]
     return None
 
@@ -286,6 +300,28 @@ def _recap(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | No
     return [*exchanges, Exchange("recap", said, tuple(answer), source="made")]
 
 
+def _before_after(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | None:
+    """What the last edit was made of, and what became of it."""
+    edits = [e for e in exchanges if e.op == "edit" and e.about is not None and len(e.pictures) == 1]
+    if not edits:
+        return None
+    (after,) = edits[-1].pictures
+    said = rng.choice(("show the last change, before and after", "compare before and after the last change"))
+    answer = ("before", edits[-1].about, f"after: {edits[-1].said}", after)
+    return [*exchanges, Exchange("before_after", said, answer, about=after, source="made")]
+
+
+def _story(
+    exchanges: list[Exchange], licenses: list[str], material: Material, rng: random.Random
+) -> list[Exchange] | None:
+    """An answer of several pictures as a record has it, after other talk."""
+    found = material.single("story", rng, keys(exchanges))
+    if found is None:
+        return None
+    licenses.append(found[1])
+    return [*exchanges, replace(found[0], role="")]
+
+
 def _clarify(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | None:
     """A question that fits several pictures, the question back, and the user's answer."""
     last = exchanges[-1]
@@ -318,4 +354,10 @@ def _refuse(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | N
     return [*exchanges, made]
 
 
-PLANS = {"steps": _steps, "recap": _recap, "clarify": _clarify, "refuse": _refuse}
+PLANS = {
+    "steps": _steps,
+    "recap": _recap,
+    "before_after": _before_after,
+    "clarify": _clarify,
+    "refuse": _refuse,
+}

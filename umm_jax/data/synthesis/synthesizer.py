@@ -94,7 +94,9 @@ class Synthesizer:
                 return None, "stage 2: no reference singles the picture out"
         if 3 in self.settings.stages:
             # Every third dialogue keeps an answer of one part.
-            told = stages.interleaved(plan, self.settings, rng) if rng.random() < 2 / 3 else plan
+            told = (
+                stages.interleaved(plan, self.material, self.settings, rng) if rng.random() < 2 / 3 else plan
+            )
             if told is None:
                 return None, "stage 3: no plan fits"
             plan = told
