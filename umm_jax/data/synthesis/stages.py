@@ -302,13 +302,17 @@ def _recap(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | No
 
 def _before_after(exchanges: list[Exchange], rng: random.Random) -> list[Exchange] | None:
     """What the last edit was made of, and what became of it."""
-    edits = [e for e in exchanges if e.op == "edit" and e.about is not None and len(e.pictures) == 1]
+    edits = [e for e in exchanges if e.op == "edit" and e.about is not None and _one_made(e)]
     if not edits:
         return None
-    (after,) = edits[-1].pictures
+    after = edits[-1].pictures[-1]
     said = rng.choice(("show the last change, before and after", "compare before and after the last change"))
     answer = ("before", edits[-1].about, f"after: {edits[-1].said}", after)
     return [*exchanges, Exchange("before_after", said, answer, about=after, source="made")]
+
+
+def _one_made(exchange: Exchange) -> bool:
+    return len(exchange.pictures) == len(exchange.brings) + 1
 
 
 def _story(
