@@ -124,6 +124,14 @@ def test_llava_of_every_shape(tmp_path, images):
     assert len({record.to_msgpack() for record in records}) == len(records)
 
 
+def test_llava_pictures_in_a_list_of_another_name(tmp_path, images):
+    one = llava("<image>\nx", "y", image=None) | {"images": ["b.png"]}
+    both = llava("<image>\nx", "y", image="b.png") | {"images": ["b.png"]}
+    make = Import("llava", write_list(tmp_path / "a.json", [one, both]), images)
+    assert dialogue(make(0).conversation)[0] == ("user", 20, "x")
+    assert rejection(make, 1)[0] == "pictures given twice"
+
+
 def test_llava_entries_with_the_same_id_are_all_kept(tmp_path, images):
     entries = [llava("<image>", f"caption {k}", image="a.png") for k in range(3)]
     write_list(tmp_path / "a.json", entries[:2])
@@ -321,6 +329,30 @@ def test_messages_of_chat_templates(tmp_path, images):
     pytest.importorskip("pyarrow")
     rows = [{**entry, "images": [{"bytes": picture(grey), "path": "/x.png"} for grey in (20, 40, 80)]}]
     assert dialogue(only(Import("messages", write_parquet(tmp_path / "a.parquet", rows)))) == said
+
+
+def test_messages_with_marks_in_their_texts(tmp_path, images):
+    """The form of LLaMA-Factory, where pictures of answers are marked in the same way."""
+    marked = chat(
+        ("user", "<image>\nWhich of these? <image>"),
+        ("assistant", "The first. Lighter:<image>"),
+        images=["b.png", "c.png", "d.png"],
+    )
+    typed = chat(
+        ("user", [{"type": "image"}, text("what is <image> for")]), ("assistant", "x"), images=["b.png"]
+    )
+    plain = chat(("user", "what is <image> for"), ("assistant", "x"))
+    few = chat(("user", "<image><image>"), ("assistant", "x"), images=["b.png"])
+    path = write_lines(tmp_path / "a.jsonl", marked, typed, plain, few)
+    make = Import("messages", path, images)
+    found = [make(k).conversation for k in range(3)]
+    assert dialogue(found[0]) == [
+        ("user", 20, "Which of these? ", 40),
+        ("assistant", "The first. Lighter:", 60),
+    ]
+    assert dialogue(found[1])[0][1] == 20 and len(dialogue(found[1])[0]) == 3, "a word, not a place"
+    assert len(dialogue(found[2])[0]) == 2
+    assert rejection(make, 3)[0] == "unequal pictures and placeholders"
 
 
 def test_messages_with_pictures_that_an_assistant_drew(tmp_path, images):

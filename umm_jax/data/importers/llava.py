@@ -5,7 +5,8 @@
                         {"from": "gpt", "value": "The bus is white and red."}]}, ...]
 
 BAGEL's data for understanding are the same objects, a line each. `image` is missing where there is text only,
-or a list. Every "<image>" of the human's text is a picture, in order; newlines beside it are left off.
+or a list, which others call `images`. Every "<image>" of the human's text is a picture, in order; newlines
+beside it are left off.
 Identifiers come more than once in these sets (one picture, several dialogues), so they name no record; the
 first turn keeps its own as `original_id`.
 """
@@ -92,10 +93,13 @@ def _said(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _names(entry: Mapping[str, Any]) -> list[str]:
     """The names of its pictures."""
-    if entry.get("image") is None:
+    given = [key for key in ("image", "images") if entry.get(key) is not None]
+    if not given:
         return []
-    found = want(entry, "image", (str, list))
-    return [found] if isinstance(found, str) else want_strings(entry, "image")
+    if len(given) > 1:
+        raise Rejected("pictures given twice", "by 'image' and by 'images'")
+    found = want(entry, given[0], (str, list))
+    return [found] if isinstance(found, str) else want_strings(entry, given[0])
 
 
 def _laid(value: str, pictures: Iterator[Image]) -> Iterator[str | Image]:

@@ -13,6 +13,7 @@ of a picture, where NAME is a name below the folder of pictures, or a data: URL:
     {"type": "image", "source": {"type": "url", "url": NAME}}
     {"type": "image"}, the next of the list `images` of the chat; its "index" is checked    Hugging Face
     {"type": "image", "image": NAME}, and likewise "path" or "url"
+    "<image>" in a text, the next of the list `images` of a chat that has no such parts  LLaMA-Factory
 
 Pictures that an assistant draws stand among its parts, or as servers of such models answer in a list `images`
 of its message, {"type": "image_url", ...} each; these come after the text. Besides: "developer" is a system
@@ -35,6 +36,7 @@ from umm_jax.data.quarantine import LeftOut, Rejected
 
 VERSION = 1
 LICENSE = ""
+_MARK = "<image>"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _CALLS = ("tool_calls", "function_call")  # of a message
 _TOOLS = ("tool", "function", "tool_use", "tool_result")  # roles, and types of parts
@@ -88,10 +90,13 @@ def conversation(
     if "assistant" not in roles:
         raise Rejected("no answer", f"{len(said)} messages, none of an assistant")
     listed = [] if entry.get("images") is None else want(entry, "images", list)
+    if listed and not any(part.kind == "next" for message in said for part in message.parts):
+        said = [message._replace(parts=_marked(message.parts)) for message in said]
     places = [part for message in said for part in message.parts if part.kind == "next"]
     if len(places) != len(listed):
         cause = (
-            f"{len(listed)} in the list 'images', {len(places)} parts {{'type': 'image'}} that take from it"
+            f"{len(listed)} in the list 'images', {len(places)} parts {{'type': 'image'}} or {_MARK} that "
+            "take from it"
         )
         raise Rejected("unequal pictures and placeholders", cause)
     for k, part in enumerate(places):
@@ -137,6 +142,19 @@ def _parts(content: str | list, where: str, settings: Settings) -> list[_Part]:
         with _at(f"{where}[{k}]"):
             parts.append(_Part(f"{where}[{k}]", *_read(part, settings)))
     return parts
+
+
+def _marked(parts: list[_Part]) -> list[_Part]:
+    """With the marks in texts as places of pictures; line breaks beside them are left off."""
+    found = []
+    for part in parts:
+        if part.kind != "text" or _MARK not in part.value:
+            found.append(part)
+            continue
+        for k, words in enumerate(part.value.split(_MARK)):
+            found += [_Part(part.where, "next")] if k else []
+            found += [_Part(part.where, "text", words.strip("\n"))] if words.strip() else []
+    return found
 
 
 def _read(part: Any, settings: Settings) -> tuple[str, Any]:
