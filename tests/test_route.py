@@ -101,3 +101,80 @@ def test_route_for_people(monkeypatch, capsys):
 def test_unusable_input(monkeypatch, capsys, given, words, said):
     status, out, err = route(monkeypatch, capsys, given, "--json", *words)
     assert status == 2 and said in err and not out
+
+
+# --- with experts
+
+
+@pytest.fixture
+def conversation(tmp_path):
+    from umm_jax.conversation import Conversation, Image, ImageData, Text, Turn
+    from umm_jax.router.conformance import sample
+
+    user = Turn("user", (Image("i"), Text("make it blue and show me where")))
+    record = Conversation("c", (user,), {"i": ImageData.from_array(sample("image").value)})
+    (tmp_path / "c.json").write_text(record.to_json())
+    return tmp_path / "c.json"
+
+
+BOX = "<box>[0.250, 0.250, 0.750, 0.750]</box>"
+
+
+def test_route_runs_experts(monkeypatch, capsys, tmp_path, conversation):
+    import numpy as np
+    import PIL.Image
+
+    text = f"Done. <image_edit>make it blue {BOX}</image_edit><image_seg>the circle {BOX}[SEG]</image_seg>"
+    text += "<video_gen>it rolls</video_gen>"
+    words = ["--json", "--experts", f"--conversation={conversation}", f"--out={tmp_path / 'out'}"]
+    status, out, err = route(monkeypatch, capsys, text.encode(), *words)
+    found = json.loads(out)
+    assert (status, err) == (0, "") and json.loads((tmp_path / "out" / "manifest.json").read_text()) == found
+    edit, seg, video = found["calls"]
+    assert [c["status"] for c in found["calls"]] == ["degraded", "degraded", "error"]
+    assert video["note"] == "no expert for video_gen" and video["outputs"] == []
+    edited = np.asarray(PIL.Image.open(tmp_path / "out" / edit["outputs"][0]["file"]))
+    mask = np.asarray(PIL.Image.open(tmp_path / "out" / seg["outputs"][0]["file"]))
+    assert (edited[mask > 0] == (40, 70, 230)).all() and (edited[mask == 0] == 255).all() and mask.any()
+    assert edit["expert"] == "classical.edit" and seg["takes"] == "step0"
+    status, out, _ = route(monkeypatch, capsys, text.encode(), *words[1:])
+    assert status == 0 and "call 0: image_edit: degraded step0-0.png" in out
+
+
+@pytest.mark.parametrize(
+    "words, said", [((), "needs --out"), (("--out=x", "--media=image"), "--conversation")]
+)
+def test_what_experts_need(monkeypatch, capsys, words, said):
+    status, _, err = route(monkeypatch, capsys, b"x", "--experts", *words)
+    assert status == 2 and said in err
+
+
+def test_experts_are_listed(capsys):
+    assert cli.main(["experts"]) == 0
+    assert "image_seg  stands in for a model" in capsys.readouterr().out
+
+
+def test_every_kind_of_medium_becomes_a_file():
+    import io as bytes_io
+    import wave
+
+    import numpy as np
+    import PIL.Image
+
+    from umm_jax.router.conformance import sample
+    from umm_jax.router.experts import Medium
+    from umm_jax.router.saving import encoded
+
+    ending, data = encoded(sample("audio"))
+    with wave.open(bytes_io.BytesIO(data)) as file:
+        assert ending == ".wav" and file.getnframes() == 16_000 and file.getframerate() == 16_000
+    video = sample("video")
+    for medium in (video, Medium("track", video.value[..., 0] < 240)):
+        ending, data = encoded(medium)
+        read = PIL.Image.open(bytes_io.BytesIO(data))
+        assert read.n_frames == 4
+        read.seek(3)
+        wanted = medium.value[3] if medium.kind == "video" else medium.value[3].astype(np.uint8) * 255
+        assert (
+            np.asarray(read.convert("RGB"))[..., 0] == (wanted[..., 0] if wanted.ndim == 3 else wanted)
+        ).all()

@@ -23,6 +23,11 @@ def add(commands) -> None:
         choices=["image", "video", "audio"],
         help="what the user sent, in order; can be repeated",
     )
+    p.add_argument("--experts", action="store_true", help="run the calls, and write what they give to --out")
+    p.add_argument("--conversation", metavar="FILE", help="whose pictures, sent by the user, they work on")
+    p.add_argument("--out", metavar="DIR", help="folder for results and manifest.json")
+    p.add_argument("--seed", type=int, default=0, help="of what experts draw")
+    command(commands, "experts", _experts, "List the experts that are installed, and what they do.")
 
 
 def _route(args) -> None:
@@ -42,13 +47,67 @@ def _route(args) -> None:
     if len(text) > MOST:
         raise ConfigError(f"an answer of more than {MOST} characters")
     answer = parse(text, dialect, mode="strict" if args.strict else "lenient", max_calls=args.max_calls)
-    found = manifest(answer, plan(answer, args.media))
+    if args.experts:
+        found = _run(args, answer)
+    else:
+        found = manifest(answer, plan(answer, args.media))
     if args.json:
         print(json.dumps(found, ensure_ascii=False))
         return
     print(found["text"])
     for k, call in enumerate(found["calls"]):
+        if "status" in call:
+            files = " ".join(output.get("file", "boxes") for output in call["outputs"])
+            print(f"call {k}: {call['task']}: {call['status']} {files or call['note']}")
+            continue
         takes = call["takes"] or call["missing"]
         print(f"call {k}: {call['task']}: {call['prompt']}" + (f" ({takes})" if takes else ""))
     for diagnostic in answer.diagnostics:
         print(f"{diagnostic.code} at {diagnostic.at} {diagnostic.detail}".rstrip(), file=sys.stderr)
+
+
+def _run(args, answer) -> dict:
+    """The manifest with what became of every call; also written to --out."""
+    from pathlib import Path
+
+    from umm_jax.conversation import Image
+    from umm_jax.data.files import write_atomic
+    from umm_jax.data.inspect import open_any
+    from umm_jax.router.execute import Executor
+    from umm_jax.router.experts import Medium, Registry
+    from umm_jax.router.manifest import manifest
+    from umm_jax.router.plan import plan
+    from umm_jax.router.saving import save
+
+    if not args.out:
+        raise ConfigError("--experts needs --out=DIR for what they give")
+    if args.media:
+        raise ConfigError("--media says what is not there; with --experts give --conversation=FILE")
+    media = []
+    if args.conversation:
+        record = open_any(args.conversation)[0]
+        for turn in record.turns:
+            shown = [part for part in turn.parts if isinstance(part, Image)] if turn.role == "user" else []
+            media += [Medium("image", record.images[part.ref].array()) for part in shown]
+    steps = plan(answer, [medium.kind for medium in media])
+    executor = Executor(Registry.installed(), strict=args.strict)
+    done = save(executor.run(steps, media, args.seed), args.out)
+    found = manifest(answer, steps)
+    for call, facts in zip(found["calls"], done):
+        call |= facts
+    write_atomic(Path(args.out) / "manifest.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return found
+
+
+def _experts(args) -> None:
+    from umm_jax.router.experts import Registry
+
+    registry = Registry.installed()
+    for name in registry.names:
+        try:
+            spec = registry.get(name).spec
+        except ConfigError as error:
+            print(f"{name:20} {error}")
+            continue
+        stands_in = "  stands in for a model" if spec.degraded else ""
+        print(f"{name:20} {spec.version:8} {', '.join(sorted(spec.tasks))}{stands_in}")
