@@ -10,7 +10,6 @@ as many steps more for each arm, what the stages of synthesis compose of the ver
     + stage 3    and answers of several parts
     last only    as + stage 2, but of every dialogue only the last turn is learned
 
-Every arm is asked the same unseen dialogues of stage 2, and is judged by meaning: pictures by what they show,
 Every arm is asked the same unseen dialogues of stage 2, and is judged by meaning: pictures by what they
 show, texts by their words. Beside them, on the same dialogues, what takes the last picture, any picture, or
 no history gets.
