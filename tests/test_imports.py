@@ -26,15 +26,17 @@ ROOMS = {
     "sharding": {"errors", "config"},
     "models": {"errors", "config", "sharding"},
     "weights": {"errors"},
-    "families": BASE | {"models", "sharding", "compiler", "weights"},
+    "markup": {"errors", "config"},
+    "families": BASE | {"models", "sharding", "compiler", "weights", "markup"},
     "world": {"errors", "config", "conversation"},
     "data": BASE,
     "train": BASE | {"sharding", "compiler", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},
-    "router": BASE | {"sharding", "models", "families", "data", "train", "generate"},
-    "evaluate": BASE | {"sharding", "models", "families", "world", "data", "train", "generate", "router"},
+    "router": BASE | {"sharding", "models", "families", "markup", "data", "train", "generate"},
+    "evaluate": BASE
+    | {"sharding", "models", "families", "markup", "world", "data", "train", "generate", "router"},
     "convert": BASE | {"sharding", "compiler", "models", "weights", "families", "data", "train", "generate"},
-    "serve": BASE | {"sharding", "models", "families", "data", "train", "generate", "router"},
+    "serve": BASE | {"sharding", "models", "families", "markup", "data", "train", "generate", "router"},
 }
 ROOMS["demo"] = {"config", "evaluate"}
 ROOMS["cli"] = {*ROOMS} - {"__init__"}
@@ -156,7 +158,7 @@ def pure_models(i: Import) -> str | None:
 
 
 def numpy_only(i: Import) -> str | None:
-    plain = room(i.module) in ("data", "world", "conversation", "config", "stream", "errors")
+    plain = room(i.module) in ("data", "world", "markup", "conversation", "config", "stream", "errors")
     stream = room(i.module) == "families" and i.module.endswith((".stream", "families"))
     if (plain or stream) and starts(i.name, ACCELERATED):
         return "numpy and bytes only here, no JAX"

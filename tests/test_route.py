@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from umm_jax import cli
-from umm_jax.router import dialects
-from umm_jax.router.grammar import parse
+from umm_jax.markup import dialects
+from umm_jax.markup.grammar import parse
 from umm_jax.router.plan import plan, waves
 
 UMM1 = dialects.get("umm1")

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from umm_jax.errors import ConfigError
-from umm_jax.router import dialects
-from umm_jax.router.coordinates import from_square, to_square
-from umm_jax.router.grammar import (
+from umm_jax.markup import dialects
+from umm_jax.markup.coordinates import from_square, to_square
+from umm_jax.markup.grammar import (
     Answer,
     Boxes,
     Call,
@@ -20,7 +20,7 @@ from umm_jax.router.grammar import (
     render,
     sound,
 )
-from umm_jax.router.tasks import TASKS
+from umm_jax.markup.tasks import TASKS
 
 UMM1 = dialects.get("umm1")
 TEN = "<image_gen>a</image_gen>" * 10

@@ -5,8 +5,8 @@ import pytest
 
 from umm_jax.evaluate.regions import box_giou, box_iou, ciou, mask_counts, mean_iou, span_iou
 from umm_jax.evaluate.routing import edit_distance, route_scores
-from umm_jax.router import dialects
-from umm_jax.router.grammar import parse
+from umm_jax.markup import dialects
+from umm_jax.markup.grammar import parse
 
 UMM1 = dialects.get("umm1")
 

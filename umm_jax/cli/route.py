@@ -31,8 +31,8 @@ def add(commands) -> None:
 
 
 def _route(args) -> None:
-    from umm_jax.router import dialects
-    from umm_jax.router.grammar import parse
+    from umm_jax.markup import dialects
+    from umm_jax.markup.grammar import parse
     from umm_jax.router.manifest import manifest
     from umm_jax.router.plan import plan
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from umm_jax.router.experts import Expert, ExpertError, Medium, Registry, Request, Result, flaw
 from umm_jax.router.plan import Step, waves
-from umm_jax.router.tasks import TASKS
+from umm_jax.markup.tasks import TASKS
 
 Status = Literal["ok", "degraded", "error", "skipped", "missing_input"]
 

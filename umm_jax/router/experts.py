@@ -15,8 +15,8 @@ import numpy as np
 
 from umm_jax.config import suggest
 from umm_jax.errors import ConfigError
-from umm_jax.router.coordinates import Box
-from umm_jax.router.tasks import TASKS
+from umm_jax.markup.coordinates import Box
+from umm_jax.markup.tasks import TASKS
 
 GROUP = "umm.experts"
 SHIPPED = {

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from umm_jax.router.grammar import Answer, Boxes, Call, Ref, Text, Times
+from umm_jax.markup.grammar import Answer, Boxes, Call, Ref, Text, Times
 from umm_jax.router.plan import Step
 
 

@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from umm_jax.router.grammar import Answer, Call
-from umm_jax.router.tasks import SEGMENTING, TASKS
+from umm_jax.markup.grammar import Answer, Call
+from umm_jax.markup.tasks import SEGMENTING, TASKS
 
 
 class Source(NamedTuple):

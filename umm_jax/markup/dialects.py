@@ -12,7 +12,7 @@ from functools import cached_property
 
 from umm_jax.config import suggest
 from umm_jax.errors import ConfigError
-from umm_jax.router.tasks import TASKS
+from umm_jax.markup.tasks import TASKS
 
 _PAIRS = {f"<{name}>": ("open", name) for name in TASKS} | {f"</{name}>": ("close", name) for name in TASKS}
 _PLACES = {

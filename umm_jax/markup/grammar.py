@@ -33,9 +33,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from umm_jax.router.coordinates import SLACK, Box, checked
-from umm_jax.router.dialects import Dialect
-from umm_jax.router.tasks import SEGMENTING, TASKS
+from umm_jax.markup.coordinates import SLACK, Box, checked
+from umm_jax.markup.dialects import Dialect
+from umm_jax.markup.tasks import SEGMENTING, TASKS
 
 MAX_CALLS = 8
 # In strict mode these reject the call they are in; those of _ERRORS make the answer as a whole unsound.
