@@ -8,6 +8,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
+from umm_jax.models.backbone import Backbone, BackboneConfig
 from umm_jax.models.lora_moe import LoRAMoE, LoRAMoEConfig, balance_loss
 from umm_jax.models.mask_loss import mask_losses
 
@@ -76,6 +77,41 @@ def test_parameters_of_the_published_size():
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
     assert 32 * (2 * count(4096, 11008) + count(11008, 4096)) == 51_314_688
+
+
+@pytest.mark.parametrize("gated, remat", [(True, "none"), (False, "full")])
+def test_a_backbone_with_experts_is_at_the_start_the_one_without(gated, remat):
+    sizes = dict(vocab=9, width=16, layers=3, heads=2, mlp=20, gated_mlp=gated, remat=remat)
+    plain = Backbone(BackboneConfig(**sizes), nnx.Rngs(0))
+    routed = Backbone(BackboneConfig(**sizes, experts=LoRAMoEConfig(experts=4, rank=2)), nnx.Rngs(5))
+    # The same weights: what a second stage hands to the third.
+    paths, grown = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (plain, routed))
+    assert {p for p in grown if p not in paths} and all("experts" in p for p in grown if p not in paths)
+    for path, value in paths.items():
+        grown[path][...] = value[...]
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    mask = jnp.tril(jnp.ones((2, 6, 6), bool))
+    run = routed.run(x, positions, mask, key=jax.random.key(2))
+    np.testing.assert_array_equal(run.hidden, plain(x, positions, mask)[0])
+    assert plain.run(x, positions, mask).shares is None
+    assert run.shares.shape == (3, 3 if gated else 2, 2, 6, 4)
+    np.testing.assert_allclose(run.shares.sum(-1), 1, rtol=1e-6)
+    assert np.abs(run.shares[0] - run.shares[1]).max() > 1e-3, "each layer has a gate of its own"
+
+    # With something in B every layer's experts matter, and a cached step computes what the whole does.
+    for path, value in grown.items():
+        if path[-1] == "b":
+            value[...] = jax.random.normal(jax.random.key(3), value[...].shape) * 0.1
+    whole = routed.run(x, positions, mask)
+    assert np.abs(whole.hidden - run.hidden).max() > 1e-2
+    assert not np.allclose(routed.run(x, positions, mask, key=jax.random.key(4)).hidden, whole.hidden)
+    cache, seen = routed.empty_cache(2, 6), []
+    for t in range(6):
+        at = slice(t, t + 1)
+        step = routed.run(x[:, at], positions[:, at], mask[:, at], cache=cache, write=positions[:, at])
+        cache, seen = step.cache, [*seen, step.hidden]
+    np.testing.assert_allclose(jnp.concatenate(seen, axis=1), whole.hidden, atol=1e-5)
 
 
 def test_golden_balance():

@@ -19,6 +19,7 @@ from flax import nnx
 from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
 from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.lora_moe import LoRAMoE, LoRAMoEConfig
 from umm_jax.models.synchronizer import BackboneSync, SynchronizerConfig
 from umm_jax.sharding import constrain
 
@@ -34,6 +35,7 @@ class BackboneConfig:
         qkv_bias: whether the projections to queries, keys and values have a bias (Qwen2).
         gated_mlp: SwiGLU-type MLP (activation(gate) * up); otherwise activation(up).
         synchronizer: None for a plain transformer.
+        experts: low-rank experts beside the layers of the MLP; None is without.
         remat: rematerialisation policy of a group of layers, see ``layers.checkpoint_policy``.
         unroll: whether layers are written out instead of looped over: for a few small layers on a CPU.
     """
@@ -54,6 +56,7 @@ class BackboneConfig:
     embed_std: float = 0.02
     sync_every: int = 4
     synchronizer: SynchronizerConfig | None = None
+    experts: LoRAMoEConfig | None = None
     remat: str = "none"
     unroll: bool = False
 
@@ -149,7 +152,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down."""
+    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down; beside each product its experts, if any."""
 
     def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
         d, f = config.width, config.mlp
@@ -160,8 +163,10 @@ class MLP(nnx.Module):
         self.up = L.Linear(d, f, axes=axes, bias=False, init=init, rngs=rngs)
         self.down = L.Linear(f, d, axes=axes[::-1], bias=False, init=out, rngs=rngs)
         self.activation = config.activation
+        self.experts = None if config.experts is None else Experts(config, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D], without experts."""
         act = L.activation(self.activation)
 
         @L.lean
@@ -170,6 +175,37 @@ class MLP(nnx.Module):
             return self.down(constrain(h, "batch", None, "mlp"))
 
         return out(self.up(x)) if self.gate is None else out(self.up(x), self.gate(x))
+
+    def routed(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """With the experts there are, and their shares for each layer of the MLP: [M, B, T, N], or None.
+
+        With a `key`, their dropout acts.
+        """
+        if self.experts is None:
+            return self(x), None
+        e, act, keys = self.experts, L.activation(self.activation), [None] * 3
+        if key is not None:
+            keys = list(jax.random.split(key, 3))
+        h, *shares = e.up(x, self.up(x), keys[0])
+        if self.gate is None:
+            h = act(h)
+        else:
+            gate, share = e.gate(x, self.gate(x), keys[1])
+            h, shares = act(gate) * h, [*shares, share]
+        h = constrain(h, "batch", None, "mlp")
+        y, share = e.down(h, self.down(h), keys[2])
+        return y, jnp.stack([*shares, share])
+
+
+class Experts(nnx.Module):
+    """The experts of one MLP."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        d, f, c = config.width, config.mlp, config.experts
+        into = {"axes": ("embed", "mlp"), "rngs": rngs}
+        self.gate = LoRAMoE(d, f, c, **into) if config.gated_mlp else None
+        self.up = LoRAMoE(d, f, c, **into)
+        self.down = LoRAMoE(f, d, c, axes=("mlp", "embed"), rngs=rngs)
 
 
 class Layer(nnx.Module):
@@ -181,13 +217,29 @@ class Layer(nnx.Module):
         self.mlp_norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, positions, mask, cache, write, sync=None):
+    def __call__(self, x, positions, mask, cache, write, sync=None, key=None):
+        """x, the cache of this layer, and the shares of its experts, see :meth:`MLP.routed`."""
         attended, cache = self.attention(self.attention_norm(x), positions, mask, cache, write)
         x = x + attended
         if sync is not None:
             x = sync(x)
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, "batch", None, None), cache
+        added, shares = self.mlp.routed(self.mlp_norm(x), key)
+        return constrain(x + added, "batch", None, None), cache, shares
+
+
+class Run(NamedTuple):
+    """What a backbone gives.
+
+    Attributes:
+        hidden: states after the final norm [B, T, D].
+        cache: extended, or None.
+        shares: of the experts, of each layer and of each of the M layers of its MLP, float32
+            [L, M, B, T, N]; None where there are no experts.
+    """
+
+    hidden: jax.Array
+    cache: Cache | None
+    shares: jax.Array | None
 
 
 class Backbone(nnx.Module):
@@ -203,7 +255,11 @@ class Backbone(nnx.Module):
         self.syncs = syncs
         self.norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
 
-    def __call__(
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, **more):
+        """Hidden states and cache of :meth:`run`."""
+        return self.run(x, positions, mask, **more)[:2]
+
+    def run(
         self,
         x: jax.Array,
         positions: jax.Array,
@@ -214,7 +270,8 @@ class Backbone(nnx.Module):
         visible: jax.Array | None = None,
         cache: Cache | None = None,
         write: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        key: jax.Array | None = None,
+    ) -> Run:
         """Runs all layers.
 
         Args:
@@ -225,16 +282,14 @@ class Backbone(nnx.Module):
             visible: [B, T, I], True where a token may look into an image.
             cache, write: what has been read before, and the columns [B, T] the new tokens take in it
                 (columns outside the cache are not written).
-
-        Returns:
-            hidden states after the final norm, and the extended cache.
+            key: of the experts' dropout; None is without.
         """
         config = self.config
         sync_graph, sync_state = (None, None) if self.syncs is None else nnx.split(self.syncs)
 
         def step(layers, x, inputs):
-            sync_params, layer_values, caches = inputs
-            layers, new = (layers if isinstance(layers, list) else [layers]), []
+            sync_params, layer_values, caches, keys = inputs
+            layers, new, shares = (layers if isinstance(layers, list) else [layers]), [], []
             for i, layer in enumerate(layers):
                 sync = None
                 if i == 0 and sync_params is not None:
@@ -242,10 +297,13 @@ class Backbone(nnx.Module):
                     read = module.project(features) if layer_values is None else layer_values
                     sync = lambda y, module=module, read=read: module(y, read, visible)  # noqa: E731
                 layer_cache = None if caches is None else jax.tree.map(lambda a, i=i: a[i], caches)
-                x, layer_cache = layer(x, positions, mask, layer_cache, write, sync)
+                layer_key = None if keys is None else keys[i]
+                x, layer_cache, share = layer(x, positions, mask, layer_cache, write, sync, layer_key)
                 new.append(layer_cache)
-            return x, None if caches is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+                shares.append(share)
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *zip(new, shares))
 
+        keys = None if key is None or config.experts is None else jax.random.split(key, config.layers)
         grown = []
         for layers, group, first, end in self._runs():
             start, count = first * config.group, end - first
@@ -253,15 +311,13 @@ class Backbone(nnx.Module):
             def grouped(a, start=start, count=count, group=group):
                 return a[start : start + count * group].reshape(count, group, *a.shape[1:])
 
-            caches = jax.tree.map(grouped, cache)
+            caches, layer_keys = jax.tree.map(grouped, (cache, keys))
             syncs = jax.tree.map(lambda a, first=first, end=end: a[first:end], (sync_state, values))
-            x, caches = L.scan(
-                layers, step, x, (*syncs, caches), remat=config.remat, group=group, unroll=config.unroll
-            )
-            grown.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches))
-        if cache is not None:
-            cache = grown[0] if len(grown) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *grown)
-        return self.norm(x), cache
+            inputs = (*syncs, caches, layer_keys)
+            x, found = L.scan(layers, step, x, inputs, remat=config.remat, group=group, unroll=config.unroll)
+            grown.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found))
+        cache, shares = grown[0] if len(grown) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *grown)
+        return Run(self.norm(x), cache, shares)
 
     def _runs(self):
         """(stacked layers, layers of a group, first group, end group): the whole groups, then a short one."""

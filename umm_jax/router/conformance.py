@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from umm_jax.markup.coordinates import Box
+from umm_jax.markup.tasks import TASKS
 from umm_jax.router.execute import box_mask
 from umm_jax.router.experts import Expert, ExpertError, Medium, Request, Result, Spec, flaw
-from umm_jax.markup.tasks import TASKS
 
 BOX: Box = (0.25, 0.25, 0.75, 0.75)
 MOST = 50_000_000
