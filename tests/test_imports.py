@@ -26,7 +26,7 @@ ROOMS = {
     "sharding": {"errors", "config"},
     "models": {"errors", "config", "sharding"},
     "weights": {"errors"},
-    "markup": {"errors", "config"},
+    "markup": {"errors", "config", "conversation"},
     "families": BASE | {"models", "sharding", "compiler", "weights", "markup"},
     "world": {"errors", "config", "conversation"},
     "data": BASE,

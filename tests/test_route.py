@@ -9,7 +9,7 @@ import pytest
 from umm_jax import cli
 from umm_jax.markup import dialects
 from umm_jax.markup.grammar import parse
-from umm_jax.router.plan import plan, waves
+from umm_jax.markup.plan import plan, waves
 
 UMM1 = dialects.get("umm1")
 

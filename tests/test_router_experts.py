@@ -10,11 +10,11 @@ import pytest
 from umm_jax.errors import ConfigError
 from umm_jax.markup import dialects
 from umm_jax.markup.grammar import parse
+from umm_jax.markup.plan import plan
 from umm_jax.router.classical import Edit, Segment, salient
 from umm_jax.router.conformance import BOX, failures, request, sample
 from umm_jax.router.execute import Executor, Limits, box_mask
 from umm_jax.router.experts import SHIPPED, Expert, ExpertError, Medium, Registry, Request, Result, Spec
-from umm_jax.router.plan import plan
 
 UMM1 = dialects.get("umm1")
 WHITE = Medium("image", np.full((4, 6, 3), 255, np.uint8))

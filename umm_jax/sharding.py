@@ -172,6 +172,15 @@ def logical_axes(state: nnx.State) -> dict[str, tuple[str | None, ...]]:
     return found
 
 
+def fixed(state: nnx.State) -> frozenset[str]:
+    """The '/'-joined paths of what was created by ``models.layers.fixed``: saved, and never learned."""
+    return frozenset(
+        "/".join(map(str, path))
+        for path, variable in nnx.to_flat_state(state)
+        if variable.get_metadata().get("fixed")
+    )
+
+
 def shardings(abstract: nnx.State, mesh: Mesh) -> dict[str, Any]:
     """Nested dict of NamedSharding, one for each parameter of `abstract`, from its ``axes`` metadata."""
     axes = logical_axes(abstract)

@@ -33,8 +33,8 @@ def add(commands) -> None:
 def _route(args) -> None:
     from umm_jax.markup import dialects
     from umm_jax.markup.grammar import parse
+    from umm_jax.markup.plan import plan
     from umm_jax.router.manifest import manifest
-    from umm_jax.router.plan import plan
 
     dialect = dialects.get(args.dialect)
     if args.max_calls < 0:
@@ -73,10 +73,10 @@ def _run(args, answer) -> dict:
     from umm_jax.conversation import Image
     from umm_jax.data.files import write_atomic
     from umm_jax.data.inspect import open_any
+    from umm_jax.markup.plan import plan
     from umm_jax.router.execute import Executor
     from umm_jax.router.experts import Medium, Registry
     from umm_jax.router.manifest import manifest
-    from umm_jax.router.plan import plan
     from umm_jax.router.saving import save
 
     if not args.out:

@@ -184,6 +184,19 @@ def lex(text: str, dialect: Dialect) -> Iterator[Lexeme]:
         yield Lexeme("text", text[end:], end)
 
 
+def split(text: str, dialect: Dialect) -> Iterator[str]:
+    """The marks of a text and the words between them, in order."""
+    end = 0
+    for found in dialect.pattern.finditer(text):
+        if found[0] in dialect.marks:
+            if found.start() > end:
+                yield text[end : found.start()]
+            yield found[0]
+            end = found.end()
+    if end < len(text):
+        yield text[end:]
+
+
 def lex_ids(ids: Sequence[int], marks: dict[int, str], decode, dialect: Dialect) -> Iterator[Lexeme]:
     """Marks among token ids: those of the added vocabulary, whatever the words between them spell.
 

@@ -92,6 +92,15 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Axes, init: Initializer) -
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
 
 
+class Fixed(nnx.Variable):
+    """Numbers of a model that are saved with it and never learned, made by :func:`fixed`."""
+
+
+def fixed(value: jax.Array, axes: Axes) -> Fixed:
+    """A :class:`Fixed` with one logical axis name per dimension."""
+    return Fixed(value, axes=axes, fixed=True)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis: [..., in] -> [..., out]."""
 

@@ -58,7 +58,7 @@ class PromptEncoder(nnx.Module):
     """
 
     def __init__(self, width: int = 256, mask_width: int = 16, *, rngs: nnx.Rngs):
-        self.frequencies = Constant(jax.random.normal(rngs.params(), (2, width // 2)))
+        self.frequencies = L.fixed(jax.random.normal(rngs.params(), (2, width // 2)), (None, "embed"))
         self.kinds = L.param(rngs, (4, width), (None, "embed"), L.normal(1.0))
         self.nowhere = L.param(rngs, (width,), ("embed",), L.normal(1.0))
         self.no_mask = L.param(rngs, (width,), ("embed",), L.normal(1.0))
@@ -99,10 +99,6 @@ class PromptEncoder(nnx.Module):
         """A rough mask [B, 4h, 4w] -> what is added to the map, [B, h, w, D]."""
         x = jax.nn.gelu(self.mask_in_norm(self.mask_in(logits[..., None])), approximate=False)
         return self.mask_out(jax.nn.gelu(self.mask_mid_norm(self.mask_mid(x)), approximate=False))
-
-
-class Constant(nnx.Variable):
-    """A number of a model that is saved with it and not learned."""
 
 
 # --- decoder ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Literal
 from flax import nnx
 
 from umm_jax.models.pyramid import Pyramid, PyramidConfig
+from umm_jax.models.vision import ClipTower, ClipTowerConfig
 from umm_jax.models.vision_adapter import ClipAdapter, ClipAdapterConfig
 
 
@@ -14,23 +15,25 @@ class TowerConfig:
     """Which tower, and its sizes.
 
     Attributes:
-        kind: "clip_adapter" is CLIP ViT with the ViT-Adapter (the release); "pyramid" the small
-            convolutional one.
+        kind: "clip_adapter" is CLIP ViT with the ViT-Adapter (MM-Interleaved's release); "clip" is CLIP
+            alone; "pyramid" the small convolutional one.
     """
 
-    kind: Literal["clip_adapter", "pyramid"] = "clip_adapter"
+    kind: Literal["clip_adapter", "clip", "pyramid"] = "clip_adapter"
+    clip: ClipTowerConfig = ClipTowerConfig()
     clip_adapter: ClipAdapterConfig = ClipAdapterConfig()
     pyramid: PyramidConfig = PyramidConfig()
 
     @property
-    def chosen(self) -> ClipAdapterConfig | PyramidConfig:
-        """The sizes that count. Both kinds tell what goes in and out: `image_size` (side in pixels), `tokens`
+    def chosen(self) -> ClipAdapterConfig | ClipTowerConfig | PyramidConfig:
+        """The sizes that count. All kinds tell what goes in and out: `image_size` (side in pixels), `tokens`
         and their `width`, `sides` of the maps and their `map_width` (None: each level has its own)."""
-        return self.clip_adapter if self.kind == "clip_adapter" else self.pyramid
+        return getattr(self, self.kind)
+
+
+_TOWERS = {"clip_adapter": ClipAdapter, "clip": ClipTower, "pyramid": Pyramid}
 
 
 def make_tower(config: TowerConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """The tower a config describes."""
-    if config.kind == "clip_adapter":
-        return ClipAdapter(config.clip_adapter, rngs=rngs)
-    return Pyramid(config.pyramid, rngs=rngs)
+    return _TOWERS[config.kind](config.chosen, rngs=rngs)

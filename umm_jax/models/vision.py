@@ -5,16 +5,21 @@ learned positions, a norm before the layers and none after them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.attention import attend, merge_heads, split_heads
 from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, lean, normal, param, scan, stack
+
+# Of the pixels CLIP was trained on, by colour.
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class VisionOutput(NamedTuple):
@@ -107,6 +112,63 @@ class Clip(nnx.Module):
     def run(self, layers: nnx.Module, x: jax.Array) -> jax.Array:
         """[B, 1 + P, D] through a stack of layers."""
         return scan(layers, lambda layer, x, _: (layer(x), None), x, remat=self.config.remat)[0]
+
+
+@dataclass(frozen=True)
+class ClipTowerConfig:
+    """CLIP by itself as a tower.
+
+    Attributes:
+        select: of the states after each layer (0 is before the first, -1 after the last) those that are
+            given; the layers after are left out.
+    """
+
+    clip: ClipConfig = ClipConfig(image_size=336)
+    select: int = -2
+
+    def __post_init__(self):
+        if not -self.clip.layers <= self.select < 0:
+            raise ConfigError(
+                f"select {self.select} counts from the last of {self.clip.layers} layers: -1, -2, ..."
+            )
+
+    @property
+    def run(self) -> ClipConfig:
+        """The transformer with the layers that are run."""
+        return replace(self.clip, layers=self.clip.layers + 1 + self.select)
+
+    @property
+    def image_size(self) -> int:
+        return self.clip.image_size
+
+    @property
+    def tokens(self) -> int:
+        return self.clip.grid**2
+
+    @property
+    def width(self) -> int:
+        return self.clip.width
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return (self.clip.grid,)
+
+    @property
+    def map_width(self) -> int:
+        return self.clip.width
+
+
+class ClipTower(nnx.Module):
+    """Pixels [B, h, w, 3] in [0, 1] to the patches' states [B, P, C], and these as a map [B, g, g, C]."""
+
+    def __init__(self, config: ClipTowerConfig, *, rngs: nnx.Rngs):
+        self.clip = Clip(config.run, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> VisionOutput:
+        pixels = (pixels - CLIP_MEAN.astype(pixels.dtype)) / CLIP_STD.astype(pixels.dtype)
+        x = self.clip.run(self.clip.layers, self.clip.embed(pixels))[:, 1:]
+        grid = self.clip.config.grid
+        return VisionOutput(x, (x.reshape(x.shape[0], grid, grid, x.shape[-1]),))
 
 
 def grouped(stacked: nnx.Module, groups: int) -> tuple[Callable[[nnx.State], nnx.Module], nnx.State]:

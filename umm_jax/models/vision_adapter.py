@@ -21,10 +21,7 @@ from umm_jax.models.deformable import sample
 from umm_jax.models.layers import Conv, LayerNorm, Linear, Modules, param
 from umm_jax.models.positions import pixel_centres, sincos_2d
 from umm_jax.models.resize import resize
-from umm_jax.models.vision import Clip, ClipConfig, VisionOutput, grouped
-
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+from umm_jax.models.vision import CLIP_MEAN, CLIP_STD, Clip, ClipConfig, VisionOutput, grouped
 
 glorot = jax.nn.initializers.glorot_uniform()
 

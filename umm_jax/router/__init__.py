@@ -1,5 +1,5 @@
-"""From an answer that asks for things to results: plan, run, put together.
+"""From an answer that asks for things to results: run its plan, put it together.
 
-Answer (``umm_jax.markup``)  ->  Plan  ->  results of experts  ->  manifest, media on disk
-                               plan.py       execute.py         manifest.py, saving.py
+Answer, Plan (``umm_jax.markup``)  ->  results of experts  ->  manifest, media on disk
+                                          execute.py           manifest.py, saving.py
 """

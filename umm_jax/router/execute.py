@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from umm_jax.markup.plan import Step, waves
 from umm_jax.markup.tasks import TASKS
 from umm_jax.router.experts import Expert, ExpertError, Medium, Registry, Request, Result, flaw
-from umm_jax.router.plan import Step, waves
 
 Status = Literal["ok", "degraded", "error", "skipped", "missing_input"]
 

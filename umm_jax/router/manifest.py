@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from umm_jax.markup.grammar import Answer, Boxes, Call, Ref, Text, Times
-from umm_jax.router.plan import Step
+from umm_jax.markup.plan import Step
 
 
 def manifest(answer: Answer, steps: Sequence[Step]) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def plan(build: Callable[[nnx.Rngs], nnx.Module], run: RunConfig, mesh) -> Plan:
         ConfigError: the optimizer groups leave a parameter without an owner, or train nothing.
     """
     graphdef, state, params = abstract_params(build, mesh)
-    only = is_autoencoder if run.train.objective == "autoencoder" else lambda path: True
+    asked = is_autoencoder if run.train.objective == "autoencoder" else lambda path: True
+    kept = sharding.fixed(state)
+    only = lambda path: asked(path) and path not in kept  # noqa: E731
     optimizer = Optimizer(run.optim, run.train.steps, sharding.logical_axes(state), only)
     shapes = jax.eval_shape(lambda p: _fresh(p, optimizer, run), params)
     homes = {path: (leaf.shape, leaf.sharding) for path, leaf in flatten(params).items()}

@@ -15,7 +15,7 @@ from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.reference import is_reference, reference_config
 from umm_jax.families.mm_interleaved.reference import release_config as release_config
 from umm_jax.models.positions import sincos_1d
-from umm_jax.models.vision_adapter import CLIP_MEAN, CLIP_STD
+from umm_jax.models.vision import CLIP_MEAN, CLIP_STD
 from umm_jax.weights import hub, stock
 from umm_jax.weights.table import Constant, Rule, Table
 
