@@ -1,5 +1,7 @@
 """SAM's prompt encoder and mask decoder: sizes of the release, and its numbers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, PromptEncoder
+from umm_jax.weights import stock
+from umm_jax.weights.table import Table, compare
 
 SMALL = dict(width=32, depth=2, heads=4, mlp=48, reduced=16, masks=3, iou_hidden=24)
 
@@ -81,71 +85,47 @@ def published():
     return found
 
 
-def _set(module, values: dict[str, np.ndarray], names: dict[str, str]) -> None:
-    """Copies `values` by a table of our attribute paths -> theirs, without their ending."""
-    for ours, theirs in names.items():
-        target = module
-        for step in ours.split("."):
-            target = target[int(step)] if step.isdigit() else getattr(target, step)
-        weight = values[f"{theirs}.weight"]
-        if hasattr(target, "kernel"):
-            target.kernel[...] = weight.T if weight.ndim == 2 else weight.transpose(2, 3, 1, 0)
-        else:
-            target.scale[...] = weight
-        target.bias[...] = values[f"{theirs}.bias"]
+# transformers' names -> those of SAM's own code, which the checkpoints have.
+RENAMED = {
+    r"\.layer_norm(\d)\.": r".norm\1.",
+    r"layer_norm_final_attn": "norm_final_attn",
+    r"upscale_conv1": "output_upscaling.0",
+    r"upscale_layer_norm": "output_upscaling.1",
+    r"upscale_conv2": "output_upscaling.3",
+    r"(_mlps\.\d|_head)\.layers\.0\.": r"\1.layers.1.",
+    r"\.proj_in\.": ".layers.0.",
+    r"\.proj_out\.": ".layers.2.",
+    r"shared_embedding\.positional_embedding": "pe_layer.positional_encoding_gaussian_matrix",
+    r"^point_embed\.": "point_embeddings.",
+    r"mask_embed\.conv1": "mask_downscaling.0",
+    r"mask_embed\.norm1": "mask_downscaling.1",
+    r"mask_embed\.conv2": "mask_downscaling.3",
+    r"mask_embed\.norm2": "mask_downscaling.4",
+    r"mask_embed\.conv3": "mask_downscaling.6",
+}
+
+
+def original(name: str) -> str:
+    for theirs, own in RENAMED.items():
+        name = re.sub(theirs, own, name)
+    return name
 
 
 def ours(published) -> tuple[MaskDecoder, PromptEncoder]:
-    decoder, encoder = (
-        MaskDecoder(MaskDecoderConfig(**SMALL), rngs=nnx.Rngs(0)),
-        PromptEncoder(32, rngs=nnx.Rngs(1)),
-    )
-    d, e = ({k: v.numpy() for k, v in model.state_dict().items()} for model in published)
-    names = {}
-    for k in range(2):
-        at = f"transformer.layers.{k}"
-        for own, their in (
-            ("own", "self_attn"),
-            ("to_map", "cross_attn_token_to_image"),
-            ("from_map", "cross_attn_image_to_token"),
-        ):
-            names |= {f"blocks.{k}.{own}.{p}": f"{at}.{their}.{p}_proj" for p in ("q", "k", "v", "out")}
-        names |= {f"blocks.{k}.norms.{n}": f"{at}.layer_norm{n + 1}" for n in range(4)}
-        names |= {f"blocks.{k}.up": f"{at}.mlp.lin1", f"blocks.{k}.down": f"{at}.mlp.lin2"}
-    names |= {f"last.{p}": f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")}
-    names |= {"last_norm": "transformer.layer_norm_final_attn", "larger_norm": "upscale_layer_norm"}
-    heads = [(f"vectors.{k}", f"output_hypernetworks_mlps.{k}") for k in range(3)] + [
-        ("iou", "iou_prediction_head")
-    ]
-    for own, their in heads:
-        names |= {
-            f"{own}.layers.0": f"{their}.proj_in",
-            f"{own}.layers.1": f"{their}.layers.0",
-            f"{own}.layers.2": f"{their}.proj_out",
-        }
-    _set(decoder, d, names)
-    decoder.iou_token[...], decoder.mask_tokens[...] = d["iou_token.weight"], d["mask_tokens.weight"]
-    for own, their in (("larger", "upscale_conv1"), ("largest", "upscale_conv2")):
-        getattr(decoder, own)[...] = d[f"{their}.weight"].transpose(0, 2, 3, 1)
-        getattr(decoder, f"{own}_bias")[...] = d[f"{their}.bias"]
-    _set(
-        encoder,
-        e,
-        {
-            "mask_in": "mask_embed.conv1",
-            "mask_mid": "mask_embed.conv2",
-            "mask_out": "mask_embed.conv3",
-            "mask_in_norm": "mask_embed.layer_norm1",
-            "mask_mid_norm": "mask_embed.layer_norm2",
-        },
-    )
-    encoder.frequencies[...] = e["shared_embedding.positional_embedding"]
-    encoder.kinds[...] = np.concatenate([e[f"point_embed.{k}.weight"] for k in range(4)])
-    encoder.nowhere[...], encoder.no_mask[...] = (
-        e["not_a_point_embed.weight"][0],
-        e["no_mask_embed.weight"][0],
-    )
-    return decoder, encoder
+    """Ours with the published weights, read by the table that reads checkpoints."""
+    config = MaskDecoderConfig(**SMALL)
+    made = MaskDecoder(config, rngs=nnx.Rngs(0)), PromptEncoder(32, rngs=nnx.Rngs(1))
+    rules = tuple(stock.sam_decoder("", "", config)), tuple(stock.sam_prompts("", ""))
+    for module, model, rows in zip(made, published, rules):
+        tensors = {original(name): value.numpy() for name, value in model.state_dict().items()}
+        table, flat = Table(rows), dict(nnx.to_flat_state(nnx.state(module)))
+        shapes = {"/".join(map(str, path)): value[...].shape for path, value in flat.items()}
+        table.check(shapes)
+        assert compare(table, shapes, {name: value.shape for name, value in tensors.items()}) == []
+        filled = table.fill(shapes, tensors.__getitem__)
+        for path, value in flat.items():
+            value[...] = jnp.asarray(filled["/".join(map(str, path))])
+    return made
 
 
 def test_the_decoder_computes_what_the_published_one_does(published):

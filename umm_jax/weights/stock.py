@@ -102,6 +102,56 @@ def vision_layers(theirs: str, ours: str, count: int) -> Rules:
         yield from weight(f"{layer}.mlp.fc2", f"{to}/down", index=at)
 
 
+# --- SAM --------------------------------------------------------------------------------------------
+
+
+def sam_prompts(theirs: str, ours: str) -> Rules:
+    """SAM's prompt encoder, named as in its own code; ours is ``models.mask_decoder.PromptEncoder``."""
+    yield Rule(f"{theirs}pe_layer.positional_encoding_gaussian_matrix", f"{ours}frequencies")
+    for k in range(4):
+        yield Rule(f"{theirs}point_embeddings.{k}.weight", f"{ours}kinds[{k}]", "first")
+    yield Rule(f"{theirs}not_a_point_embed.weight", f"{ours}nowhere", "first")
+    yield Rule(f"{theirs}no_mask_embed.weight", f"{ours}no_mask", "first")
+    for k, name in ((0, "mask_in"), (3, "mask_mid"), (6, "mask_out")):
+        yield from weight(f"{theirs}mask_downscaling.{k}", f"{ours}{name}", "conv")
+    for k, name in ((1, "mask_in_norm"), (4, "mask_mid_norm")):
+        yield from norm(f"{theirs}mask_downscaling.{k}", f"{ours}{name}")
+
+
+def sam_decoder(theirs: str, ours: str, config: Any) -> Rules:
+    """SAM's mask decoder, named as in its own code; `config` a MaskDecoderConfig."""
+    yield Rule(f"{theirs}iou_token.weight", f"{ours}iou_token")
+    yield Rule(f"{theirs}mask_tokens.weight", f"{ours}mask_tokens")
+    inner = {
+        "self_attn": "own",
+        "cross_attn_token_to_image": "to_map",
+        "cross_attn_image_to_token": "from_map",
+    }
+    for i in range(config.depth):
+        layer, to = f"{theirs}transformer.layers.{i}", f"{ours}blocks/{i}"
+        for name, own in inner.items():
+            yield from _sam_attention(f"{layer}.{name}", f"{to}/{own}")
+        for k in range(4):
+            yield from norm(f"{layer}.norm{k + 1}", f"{to}/norms/{k}")
+        yield from weight(f"{layer}.mlp.lin1", f"{to}/up")
+        yield from weight(f"{layer}.mlp.lin2", f"{to}/down")
+    yield from _sam_attention(f"{theirs}transformer.final_attn_token_to_image", f"{ours}last")
+    yield from norm(f"{theirs}transformer.norm_final_attn", f"{ours}last_norm")
+    for k, name in ((0, "larger"), (3, "largest")):
+        yield Rule(f"{theirs}output_upscaling.{k}.weight", f"{ours}{name}", "transposed")
+        yield Rule(f"{theirs}output_upscaling.{k}.bias", f"{ours}{name}_bias")
+    yield from norm(f"{theirs}output_upscaling.1", f"{ours}larger_norm")
+    heads = [(f"output_hypernetworks_mlps.{k}", f"vectors/{k}") for k in range(config.masks)]
+    for name, own in (*heads, ("iou_prediction_head", "iou")):
+        for k in range(3):
+            yield from weight(f"{theirs}{name}.layers.{k}", f"{ours}{own}/layers/{k}")
+
+
+def _sam_attention(theirs: str, ours: str) -> Rules:
+    for name in ("q", "k", "v", "out"):
+        yield from weight(f"{theirs}.{name}_proj", f"{ours}/{name}")
+
+
 # --- Q-Former ---------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ TURNS: dict[str, Turn] = {
         lambda a: a.transpose(0, 2, 3, 1).reshape(a.shape[0], -1),
         lambda a: a.reshape(a.shape[0], 2, 2, -1).transpose(0, 3, 1, 2),
     ),
+    # The same [in, out, 2, 2], held as [in, 2, 2, out].
+    "transposed": Turn(lambda a: a.transpose(0, 2, 3, 1), lambda a: a.transpose(0, 3, 1, 2)),
     # [1, ...] and [...].
     "first": Turn(lambda a: a[0], lambda a: a[None]),
     # [1, 1, 1, n] and [n].
