@@ -28,7 +28,7 @@ ROOMS = {
     "weights": {"errors"},
     "markup": {"errors", "config", "conversation"},
     "families": BASE | {"models", "sharding", "compiler", "weights", "markup"},
-    "world": {"errors", "config", "conversation"},
+    "world": {"errors", "config", "conversation", "markup"},
     "data": BASE,
     "train": BASE | {"sharding", "compiler", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},

@@ -15,7 +15,8 @@ from umm_jax.world.talk import world
 
 TINY = WorldConfig.preset("tiny")
 JUDGE = Judge(TINY)
-BOTH = [(skill, split) for skill in SKILLS for split in SKILLS[skill].splits]
+PLAIN = [name for name, skill in SKILLS.items() if not skill.calls]
+BOTH = [(skill, split) for skill in PLAIN for split in SKILLS[skill].splits]
 
 
 def right_replies(config, item):

@@ -401,6 +401,7 @@ class WorldSection:
     Attributes:
         preset, overrides: a named world and the values changed in it, see ``world.scene.WorldConfig.preset``.
         count: dialogues to synthesize for training.
+        after: a config file beside this one whose run comes first and is gone on from; "" is none.
         autoencoder: sections of the config as they differ in a first run that trains the autoencoder alone,
             {section: {field: value}}; empty where there is no such run.
     """
@@ -408,6 +409,7 @@ class WorldSection:
     preset: str = "tiny"
     overrides: dict[str, Any] = field(default_factory=dict)
     count: int = 18000
+    after: str = ""
     autoencoder: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):

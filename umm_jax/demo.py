@@ -1,7 +1,10 @@
 """The whole way of a run of the visual-dialogue world, one public command after another.
 
-    umm data synthesize -> umm data tokenizer -> umm train (the autoencoder first, where the config has one)
+    umm data tokenizer -> umm data synthesize -> umm train (the autoencoder first, where the config has one)
     -> umm eval -> umm report
+
+Where a config's run goes on from that of another (``world.after``), that one is made and trained
+first, in a folder of its own, with the same tokenizer.
 
 Nothing is done here that cannot be typed: each step is a command line, shown before it is run. A step that
 finished earlier finds that out itself, so an interrupted demo goes on where it was.
@@ -16,30 +19,50 @@ from pathlib import Path
 from umm_jax import config as configs
 from umm_jax.evaluate import cost
 
+Do = Callable[[Sequence[str]], None]
 
-def demo(
-    config: str, workdir: str | Path, overrides: Sequence[str], do: Callable[[Sequence[str]], None]
-) -> None:
+
+def demo(config: str, workdir: str | Path, overrides: Sequence[str], do: Do) -> None:
     """Runs every step in this process.
 
     Args:
-        config: a config file; overrides: ``--config.a.b=VALUE``, handed to each step that reads the config.
+        config: a config file; overrides: ``--config.a.b=VALUE``, handed to each step that reads a config.
         workdir: folder of the run.
         do: runs one command line, given without the program's name.
     """
     workdir = Path(workdir)
-    run = configs.load(config, overrides)
-    data, tokenizer = workdir / "data", workdir / "tokenizer.model"
-    base = [f"--config={config}", *overrides]
+    step = _Steps(do)
+    tokenizer = workdir / "tokenizer.model"
+    if not tokenizer.exists():
+        with cost.stage(workdir, "data"):
+            step("data", "tokenizer", f"--config={config}", *overrides, f"--out={tokenizer}")
+    _trained(config, workdir, overrides, tokenizer, step)
+    step("eval", f"--run={workdir}")
+    step("report", f"--run={workdir}")
 
-    def step(*words: str) -> None:
+
+class _Steps:
+    """Shows a command line, then runs it."""
+
+    def __init__(self, do: Do):
+        self.do = do
+
+    def __call__(self, *words: str) -> None:
         print(f"\n$ umm {shlex.join(words)}", flush=True)
-        do(words)
+        self.do(words)
 
+
+def _trained(config: str, workdir: Path, overrides: Sequence[str], tokenizer: Path, step: _Steps) -> None:
+    """Everything up to a trained model, whatever comes before it first."""
+    run = configs.load(config, overrides)
+    base, data = [f"--config={config}", *overrides], workdir / "data"
+    if run.world.after:
+        before = Path(config).parent / run.world.after
+        first = workdir / before.stem
+        _trained(str(before), first, overrides, tokenizer, step)
+        base.append(f"--config.train.init_from={first}")
     with cost.stage(workdir, "data"):
         step("data", "synthesize", *base, f"--out={data}", f"--workers={os.cpu_count() or 1}")
-        if not tokenizer.exists():
-            step("data", "tokenizer", *base, f"--out={tokenizer}")
     base += [
         f"--config.data.sources={json.dumps([{'path': str(data)}])}",
         f"--config.data.tokenizer={tokenizer}",
@@ -53,5 +76,3 @@ def demo(
             step("train", *base, f"--workdir={first}", *changes)
         base.append(f"--config.train.init_from={first}")
     step("train", *base, f"--workdir={workdir}")
-    step("eval", f"--run={workdir}")
-    step("report", f"--run={workdir}")

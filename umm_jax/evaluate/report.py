@@ -34,6 +34,9 @@ HEADLINE = {
     "describe_exact": "Describes the whole picture",
     "exists_accuracy": "Says whether something is there",
     "count_accuracy": "Counts",
+    "segment_iou": "Segments an object: mean IoU",
+    "chain_right": "Several requests in one turn, all done",
+    "chain_routed": "Several requests in one turn, all understood",
     "dialogue_turn_accuracy": "Turns of a dialogue, own pictures fed back",
     "dialogue_all_turns": "Whole dialogues, own pictures fed back",
 }

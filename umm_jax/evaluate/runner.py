@@ -23,12 +23,14 @@ from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.evaluate.report import HEADLINE
+from umm_jax.evaluate.world_expert import world_executor
 from umm_jax.families.contract import Replier
 from umm_jax.generate import load_run, seed_of
+from umm_jax.router.replies import attend
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import WorldConfig
-from umm_jax.world.skills import SKILLS, Item
+from umm_jax.world.skills import Item
 from umm_jax.world.splits import get_split
 from umm_jax.world.talk import world as world_parts
 
@@ -147,7 +149,7 @@ def evaluate(
             return full
         return min(items, section.dialogues) if name == "dialogue" else items
 
-    plan = [(split, name, count(split, name)) for split in splits for name in _skills_of(split)]
+    plan = [(split, name, count(split, name)) for split in splits for name in _skills_of(world, split)]
     store = Store(
         Path(run_dir) / "eval",
         {
@@ -160,6 +162,7 @@ def evaluate(
         again,
     )
     judge = Judge(world)
+    attend(loaded.replier, world_executor(world))
     for split, name, number in plan:
         if store.has(split, name, number):
             print(f"{split}/{name}: judged already")
@@ -181,10 +184,10 @@ def evaluate(
     return store.results
 
 
-def _skills_of(split: str) -> list[str]:
+def _skills_of(world: WorldConfig, split: str) -> list[str]:
     """The skills a split says something about. Raises ConfigError when there is no such split."""
     get_split(split)
-    return [name for name, skill in SKILLS.items() if split in skill.splits]
+    return skills.skills_of(world, split)
 
 
 def _rows(figures: Report, by_oracle: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
@@ -297,7 +300,7 @@ def quick(replier: Replier, run: RunConfig, items: int) -> dict[str, float]:
     """Headline figures on a few unseen items of every skill but whole dialogues, and the F1 of drawings."""
     world = world_of(run)
     judge, found = Judge(world), {}
-    for name in SKILLS:
+    for name in skills.skills_of(world, "iid"):
         if name == "dialogue":
             continue
         todo = skills.items(world, name, "iid", items, run.eval.seed)
@@ -323,6 +326,7 @@ def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dic
             model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
             tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.model")
             replier = family.generate.Replier(model_config, params, tokenizer)
+            attend(replier, world_executor(world_of(run)))
         replier.params = params
         try:
             return quick(replier, run, run.train.eval_items)

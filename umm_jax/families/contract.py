@@ -136,6 +136,9 @@ class Reply:
 class Replier(Protocol):
     """Made as ``Replier(config, params, tokenizer)``.
 
+    One of a family that writes calls and draws nothing itself has an attribute `experts`, too: who makes what
+    is asked for, see ``router.replies``.
+
     Attributes:
         params: the parameters replies are made with; may be replaced by others of the same shapes, and by
             None while they are in use elsewhere.

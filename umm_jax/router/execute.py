@@ -11,7 +11,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,11 +85,19 @@ class Executor:
     chosen: dict[str, Sequence[str]] = field(default_factory=dict)
     strict: bool = False
 
-    def run(self, steps: Sequence[Step], media: Sequence[Medium] = (), seed: int = 0) -> list[Done]:
+    def run(
+        self,
+        steps: Sequence[Step],
+        media: Sequence[Medium] = (),
+        seed: int = 0,
+        regions: Mapping[int, np.ndarray] = {},
+    ) -> list[Done]:
         """One :class:`Done` for each step; raises nothing for what an expert does.
 
         Args:
             media: what the user sent, in the order the plan was made with.
+            regions: by step, bool [h, w] of what it works on: where it may change that. Without one the
+                call's boxes say.
         """
         done: dict[int, Done] = {}
         end = time.monotonic() + self.limits.total
@@ -104,7 +112,9 @@ class Executor:
                     done[k] = early
                     continue
                 work = threading.Thread(
-                    target=self._step, args=(steps[k], given, seed * 1009 + k, end, done), daemon=True
+                    target=self._step,
+                    args=(steps[k], given, regions.get(k), seed * 1009 + k, end, done),
+                    daemon=True,
                 )
                 work.start()
                 threads.append(work)
@@ -127,9 +137,9 @@ class Executor:
             return None, Done("skipped", note=f"step{step.takes.index}, which it takes from, gave nothing")
         return source.media[-1], None
 
-    def _step(self, step: Step, given: Medium | None, seed: int, end: float, done: dict[int, Done]) -> None:
+    def _step(self, step: Step, given: Medium | None, region, seed: int, end: float, done: dict) -> None:
         began, tried = time.monotonic(), []
-        request = _request(step, given, seed)
+        request = _request(step, given, region, seed)
         for expert in self.registry.chain(step.call.task, self.chosen.get(step.call.task, ())):
             left = min(self.limits.seconds, end - time.monotonic())
             if left <= 0:
@@ -167,10 +177,9 @@ class Executor:
         return ""
 
 
-def _request(step: Step, given: Medium | None, seed: int) -> Request:
+def _request(step: Step, given: Medium | None, region: np.ndarray | None, seed: int) -> Request:
     call = step.call
-    region = None
-    if given is not None and given.kind == "image" and call.boxes:
+    if region is None and given is not None and given.kind == "image" and call.boxes:
         region = box_mask(call.boxes, *given.value.shape[:2])
     return Request(call.task, step.prompt, call.boxes, call.times, call.objects, given, region, seed)
 

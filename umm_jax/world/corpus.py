@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from umm_jax.world import calls
 from umm_jax.world.grammar import DIRECTIONS, SMALLTALK, UNDO, WHICH
 from umm_jax.world.scene import CHANGES, Scene, WorldConfig
 from umm_jax.world.state import Count, Edit, Exists, Question
@@ -47,6 +48,9 @@ def vocabulary_text(config: WorldConfig) -> Iterator[str]:
         yield grammar.answer(Question("count"), Count(0, ()))
         yield grammar.answer(Question("exists", None, about), Exists(False, ()))
     yield "yes no"
+    if config.calls:
+        yield " ".join(calls.numbers(config.px))
+        yield f"draw{calls.THEN}segment"
     yield from _further_operations(config, grammar, about)
 
 

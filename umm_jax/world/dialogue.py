@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from umm_jax.conversation import Conversation
+from umm_jax.world.calls import chained
 from umm_jax.world.choose import TRIES, Choice, Chooser, misplaced
 from umm_jax.world.grammar import SMALLTALK
 from umm_jax.world.scene import Scene, WorldConfig
@@ -222,4 +223,8 @@ def sample_dialogue(config: WorldConfig, seed: int, index: int, split: str = "tr
         ConfigError: unknown split, or one for which this world holds out nothing.
     """
     talk = sampler(config).dialogue(seed, index, split)
-    return talk.conversation(f"world-{split}-{seed}-{index}", split, seed=seed, index=index)
+    record = talk.conversation(f"world-{split}-{seed}-{index}", split, seed=seed, index=index)
+    if config.chain == (1, 1):
+        return record
+    rng = random.Random(f"{seed}/{index}/{split}/chain")
+    return chained(record, [rng.randint(*config.chain) for _ in record.turns])

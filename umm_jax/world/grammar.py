@@ -7,7 +7,7 @@ phrase: whoever reads from left to right has the whole object by the column word
 from collections.abc import Sequence
 from typing import Any
 
-from umm_jax.world.scene import Object, Scene, WorldConfig
+from umm_jax.world.scene import CHANGES, Object, Scene, WorldConfig
 from umm_jax.world.state import About, Count, Edit, Exists, Question
 
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom"), 4: ("top", "upper", "lower", "bottom")}
@@ -106,6 +106,40 @@ class Grammar:
             case "background":
                 return f"background {edit.value}"
         return f"make {it} {edit.value}"
+
+    def parse_edit(self, text: str, scene: Scene) -> Edit | None:
+        """The meaning of :meth:`edit` for a scene; None where it is no such request, or cannot be met."""
+        words = text.split()
+        match words:
+            case ["background", value] if value in self.config.backgrounds:
+                return Edit("background", None, value)
+            case ["add", *thing, row, column]:
+                kind, cell = self._object.get(" ".join(thing)), self._cell.get(f"{row} {column}")
+                free = kind is not None and cell is not None and scene.cells[cell] is None
+                return Edit("add", cell, kind) if free else None
+            case ["remove", "the", *about]:
+                cell = self._meant(about, scene)
+                return None if cell is None else Edit("remove", cell)
+            case ["move", "the", *about, "to", row, column]:
+                cell, to = self._meant(about, scene), self._cell.get(f"{row} {column}")
+                free = cell is not None and to is not None and scene.cells[to] is None
+                return Edit("move", cell, to) if free else None
+            case ["make", "the", *about, value]:
+                cell = self._meant(about, scene)
+                kinds = [k for k, name in CHANGES.items() if value in getattr(self.config, f"{name}s")]
+                return None if cell is None or not kinds else Edit(kinds[0], cell, value)
+        return None
+
+    def _meant(self, words: Sequence[str], scene: Scene) -> int | None:
+        """The one object with all these attributes."""
+        named = {}
+        for word in words:
+            names = [name for name in CHANGES.values() if word in getattr(self.config, f"{name}s")]
+            if not names:
+                return None
+            named[names[0]] = word
+        found = scene.find(**named) if named else []
+        return found[0] if len(found) == 1 else None
 
     def question(self, question: Question) -> str:
         kind, cell, about = question

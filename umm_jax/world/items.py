@@ -1,11 +1,13 @@
 """What a trained model is asked: items of every skill on every split, with the right replies."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
 from umm_jax.config import suggest
-from umm_jax.conversation import Conversation, Turn
+from umm_jax.conversation import Conversation, Text, Turn
 from umm_jax.errors import ConfigError
+from umm_jax.world.calls import joined
 from umm_jax.world.choose import PATIENT, misplaced
 from umm_jax.world.dialogue import Sampler, sampler
 from umm_jax.world.scene import Scene, WorldConfig
@@ -46,9 +48,9 @@ class Item:
     """A conversation that ends with a user turn, what follows it, and the right replies.
 
     Attributes:
-        kind: the type of question or edit; the split of a dialogue.
+        kind: the type of question or edit; the split of a dialogue; the length of a chain.
         user_turns: what the user says after each reply but the last; empty but for dialogues.
-        expected: one for each reply.
+        expected: one for each reply; for a chain, one for each request of its one turn.
     """
 
     id: str
@@ -73,10 +75,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Skill:
-    """Kinds are asked in turn, so that each has its share; "" leaves the kind to the configured weights."""
+    """Kinds are asked in turn, so that each has its share; "" leaves the kind to the configured weights.
+
+    `calls`: there are such items only in worlds with calls.
+    """
 
     kinds: tuple[str, ...]
     splits: tuple[str, ...]
+    calls: bool = False
 
 
 _EVERY = ("train", "iid", "pair", "position", *TALK_SPLITS)
@@ -89,8 +95,16 @@ SKILLS = {
     "count": Skill(("count",), _EVERY),
     "describe": Skill(("describe",), _EVERY),
     "locate": Skill(("locate",), _EVERY),
+    "segment": Skill(("segment",), _EVERY, calls=True),
+    # Two or three requests in one turn.
+    "chain": Skill(("2", "3"), ("train", "iid"), calls=True),
     "dialogue": Skill(("",), _EVERY),
 }
+
+
+def skills_of(config: WorldConfig, split: str) -> list[str]:
+    """The skills that a world is asked for on a split."""
+    return [n for n, skill in SKILLS.items() if split in skill.splits and (config.calls or not skill.calls)]
 
 
 def items(config: WorldConfig, skill: str, split: str, n: int, seed: int) -> list[Item]:
@@ -104,6 +118,8 @@ def items(config: WorldConfig, skill: str, split: str, n: int, seed: int) -> lis
     get_split(split)
     if split not in SKILLS[skill].splits:
         raise ConfigError(f"skill {skill!r} has no split {split!r}; it has {', '.join(SKILLS[skill].splits)}")
+    if SKILLS[skill].calls and not config.calls:
+        raise ConfigError(f"skill {skill!r} is of worlds with calls: set calls in the world's overrides")
     kinds = SKILLS[skill].kinds
     maker = _Maker(sampler(config), split)
     return [maker.make(skill, kinds[i % len(kinds)], f"{skill}-{split}-{seed}-{i}") for i in range(n)]
@@ -127,12 +143,18 @@ class _Maker:
             talk = Talk(self.sampler.world)
             if skill == "dialogue":
                 expected = self._script(rng, talk)
+            elif skill == "chain":
+                expected = self._requests(rng, talk, int(kind))
             else:
                 expected = self._single(rng, talk, skill, kind)
             if expected is None:
                 continue
             first = len(talk.turns) - 2 * len(expected) + 1  # turns up to the first one to be answered
             conversation = talk.conversation(name, self.split, turns=first)
+            if skill == "chain":
+                asked, _ = joined(talk.turns[first - 1 :])
+                conversation = dataclasses.replace(conversation, turns=(*conversation.turns[:-1], asked))
+                return Item(name, skill, kind, conversation, (), tuple(expected))
             kind = expected[0].edit.kind if skill == "edit" else kind or self.split
             return Item(name, skill, kind, conversation, tuple(talk.turns[first + 1 :: 2]), tuple(expected))
 
@@ -234,6 +256,22 @@ class _Maker:
         return self._say(
             talk, exchange, before=scene, question=question, recent=recent, distractor=other, probe=probe
         )
+
+    def _requests(self, rng, talk: Talk, count: int) -> list[Expected] | None:
+        """Requests that may stand in one turn about a picture the user brings; a question comes last."""
+        talk.upload(self.holdout.sample(rng, self.split))
+        found: list[Expected | None] = []
+        for k in range(count):
+            last = k == count - 1
+            op = rng.choice(("edit", "segment", "ask", "ask") if last else ("edit", "edit", "segment"))
+            found.append(
+                self._edit(rng, talk) if op == "edit" else self._ask(rng, talk, op.replace("ask", ""))
+            )
+            if found[-1] is None:
+                return None
+            if not last and any(isinstance(part, Text) for part in found[-1].answer.parts):
+                return None
+        return found
 
     def _script(self, rng, talk: Talk) -> list[Expected] | None:
         """The replies of a dialogue, every picture drawn by the bot; None when an attempt came to nothing."""

@@ -6,6 +6,7 @@ A figure that does not stand clear of these is not evidence of the skill.
 |---|---|
 | majority | the most frequent right answer in a training sample, by type of question |
 | majority_by_question | the same, by the exact question ("how many red" apart from "how many objects") |
+| everything | a mask of all there is |
 | bag | anything present: the colour, shape, object, position or number of a random object; "yes" when both |
 |     | attributes are present |
 | random_cells | the right objects, in random cells |
@@ -24,7 +25,9 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from umm_jax.conversation import Image, ImageData, Part, Text, Turn
+import numpy as np
+
+from umm_jax.conversation import Box, Image, ImageData, Mask, Part, Text, Turn
 from umm_jax.world import skills
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import Scene
@@ -38,7 +41,7 @@ from umm_jax.world.talk import region, world
 IDEALS = ("recency", "wrong_picture")
 
 VOTERS = 600  # items whose right answers make the majority
-_ASKING = ("vqa", "exists", "count", "describe", "locate", "dialogue")
+_ASKING = ("vqa", "exists", "count", "describe", "locate", "dialogue", "chain")
 Guess = Scene | Sequence[Part]  # what a reply shows, or what it says
 Oracle = Callable[["_Room", Expected, random.Random], Guess]
 
@@ -51,7 +54,8 @@ class _Room:
         self.world = world(judge.config)
         votes: dict = {}
         usual = skills.items(judge.config, skill, "train", VOTERS if skill in _ASKING else 0, VOTERS)
-        for step in (step for item in usual for step in item.expected if step.question):
+        asked = [step for item in usual for step in item.expected if step.question]
+        for step in (step for step in asked if step.question.kind != "segment"):
             said = self._verdict(step)
             for key in (step.question.kind, (step.question.kind, step.question.about)):
                 votes.setdefault(key, Counter())[said] += 1
@@ -63,7 +67,7 @@ class _Room:
         if isinstance(meaning, Count | Exists):
             return tuple(self.say(step.question, type(meaning)(meaning.value)))
         parts = step.answer.parts
-        return tuple(p if isinstance(p, Text) else dataclasses.replace(p, of="") for p in parts)
+        return tuple(dataclasses.replace(p, of="") if isinstance(p, Box | Mask) else p for p in parts)
 
     def say(self, question: Question, meaning) -> list[Part]:
         return [Text(self.world.grammar.answer(question, meaning))]
@@ -85,6 +89,16 @@ def _majority(room: _Room, step: Expected, rng) -> Guess:
     return room.majorities[step.question.kind]
 
 
+def _usual(room: _Room, step: Expected, rng) -> Guess:
+    """By majority; no mask is frequent, so a random object's."""
+    return (_bag if step.question.kind == "segment" else _majority)(room, step, rng)
+
+
+def _everything(room: _Room, step: Expected, rng) -> Guess:
+    """A mask of the whole picture."""
+    return [Mask.from_array("", np.ones((room.config.px, room.config.px), bool))]
+
+
 def _majority_by_question(room: _Room, step: Expected, rng) -> Guess:
     """Questions that training never asks are answered like others of their type."""
     kind, _, about = step.question
@@ -102,8 +116,8 @@ def _bag(room: _Room, step: Expected, rng) -> Guess:
             return room.say(question, thing)
         case "where":
             return room.say(question, cell)
-        case "locate":
-            return [region(room.world, "locate", "", scene, cell)]
+        case "locate" | "segment" as kind:
+            return [region(room.world, kind, "", scene, cell)]
         case "describe":
             return room.say(question, room.scatter(rng, scene))
         case "count":
@@ -113,23 +127,23 @@ def _bag(room: _Room, step: Expected, rng) -> Guess:
     return room.say(question, Exists(present))
 
 
-def _about(room: _Room, step: Expected, scene: Scene) -> Guess:
+def _about(room: _Room, step: Expected, scene: Scene, rng) -> Guess:
     """The answer that is right for `scene`; by majority where it has none."""
     meaning = answer(step.question, scene)
-    if step.question.kind == "locate":
-        found = [region(room.world, "locate", "", scene, meaning)] if meaning is not None else None
-        return found or _majority(room, step, None)
+    if (kind := step.question.kind) in ("locate", "segment"):
+        found = [region(room.world, kind, "", scene, meaning)] if meaning is not None else None
+        return found or _usual(room, step, rng)
     if step.question.kind == "where" and meaning is None:
         return _majority(room, step, None)
     return room.say(step.question, meaning)
 
 
 def _answer_recent(room: _Room, step: Expected, rng) -> Guess:
-    return _about(room, step, step.recent)
+    return _about(room, step, step.recent, rng)
 
 
 def _answer_wrong(room: _Room, step: Expected, rng) -> Guess:
-    return _about(room, step, step.distractor or step.recent)
+    return _about(room, step, step.distractor or step.recent, rng)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -216,6 +230,12 @@ _ORACLES: dict[str, dict[str, Oracle]] = {
     "count": _ANSWERS,
     "describe": _ANSWERS,
     "locate": _ANSWERS,
+    "segment": {"bag": _bag, "everything": _everything},
+    "chain": {
+        "copy_last_image": _both(_copy, _usual),
+        "random_object": _both(_random_object, _bag),
+        "right_pictures_majority_answers": _both(_right, _usual),
+    },
     "dialogue": {
         "copy_last_image": _both(_copy, _majority),
         "random_cells": _both(_random_cells, _bag),
@@ -231,7 +251,8 @@ def oracles_of(items: Sequence[Item]) -> dict[str, Oracle]:
     Where the whole item is one user turn, memory is not asked for, and its oracles would be right.
     """
     found = dict(_ORACLES[items[0].skill])
-    history = any(len(item.expected) > 1 or len(item.conversation.turns) > 1 for item in items)
+    one = items[0].skill == "chain"
+    history = any((len(i.expected) > 1 and not one) or len(i.conversation.turns) > 1 for i in items)
     if history and items[0].skill != "draw_scene":
         found |= _REMEMBERING
     if any(step.distractor for item in items for step in item.expected):
@@ -256,6 +277,8 @@ def reply(
         else:
             parts = tuple(guess)
         turns.append(Turn("assistant", parts))
+    if item.skill == "chain":
+        turns = [Turn("assistant", tuple(part for turn in turns for part in turn.parts))]
     return turns, images
 
 

@@ -100,6 +100,8 @@ class WorldConfig:
         effect: whether the bot says what an edit changes before drawing it.
         shuffled: whether a drawing request lists objects in random rather than reading order.
         plural: whether "how many" names shapes in the plural.
+        calls: whether the bot asks for pictures and masks by calls, see :mod:`umm_jax.world.calls`.
+        chain: least and most requests of a turn, where there are calls.
         blurs: widths in pixels of the blurred templates of the judge.
         gate: largest root mean square residual of any cell, in units of full scale, of a valid picture.
     """
@@ -145,6 +147,8 @@ class WorldConfig:
     effect: bool = True
     shuffled: bool = True
     plural: bool = False
+    calls: bool = False
+    chain: tuple[int, int] = (1, 1)
     blurs: tuple[float, ...] = (0.0, 0.6, 1.0)
     gate: float = 0.06
 
@@ -168,6 +172,14 @@ class WorldConfig:
             raise ConfigError(f"need 1 <= min_objects <= max_objects < {self.grid**2}")
         if not 0 <= self.talk[0] <= self.talk[1]:
             raise ConfigError(f"talk must be (least, most), got {self.talk}")
+        if not 1 <= self.chain[0] <= self.chain[1] or (self.chain[1] > 1 and not self.calls):
+            raise ConfigError(
+                f"chain must be (least, most) from 1, and be (1, 1) without calls; it is {self.chain}"
+            )
+        if self.calls and (self.picture_ops.get("undo") or self.picture_ops.get("story")):
+            raise ConfigError(
+                "calls: there is none for undo and story; set their weights in picture_ops to 0"
+            )
         # There are words for sixteen pictures, and split "length" shows twice as many as training.
         if not 1 <= self.max_images <= 8 or self.max_words < 48 or self.held_out_one_in < 2:
             raise ConfigError("need 1 <= max_images <= 8, max_words >= 48 and held_out_one_in >= 2")

@@ -22,14 +22,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from umm_jax.config import suggest
-from umm_jax.conversation import Box, Image, ImageData, Turn
+from umm_jax.conversation import Box, Image, ImageData, Mask, Part, TaskCall, Text, Turn
 from umm_jax.errors import ConfigError
-from umm_jax.world.items import SKILLS, Expected, Item, Skill, items
+from umm_jax.world.items import SKILLS, Expected, Item, Skill, items, skills_of
 from umm_jax.world.judge import Judge, Parsed, edit_scores, scene_exact, scene_f1
 from umm_jax.world.state import answer
 from umm_jax.world.talk import world
 
-__all__ = ["SKILLS", "Expected", "Item", "Skill", "items", "report", "score", "turn_right"]
+__all__ = ["SKILLS", "Expected", "Item", "Skill", "items", "report", "score", "skills_of", "turn_right"]
 
 
 def _picture(judge: Judge, turn: Turn, images: Mapping[str, ImageData]) -> Parsed | None:
@@ -53,9 +53,35 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return area / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - area)
 
 
+def _overlap(turn: Turn, expected: Expected) -> float:
+    """Intersection over union of the one mask of a reply and the right one; 0 where there is not one."""
+    gold = next(part for part in expected.answer.parts if isinstance(part, Mask))
+    found = [part for part in turn.parts if isinstance(part, Mask)]
+    if len(found) != 1 or found[0].size != gold.size:
+        return 0.0
+    a, b = found[0].array(), gold.array()
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def _calls(parts: Sequence[Part]) -> list[TaskCall]:
+    return [part for part in parts if isinstance(part, TaskCall)]
+
+
+def _routed(expected: Sequence[Expected], turns: Sequence[Turn]) -> dict[str, float]:
+    """Whether a reply calls for what the right one does, in its order; and in the same words and places."""
+    wanted = _calls([part for e in expected for part in e.answer.parts])
+    found = _calls([part for turn in turns for part in turn.parts])
+    same = [call.name for call in wanted] == [call.name for call in found]
+    exact = same and all(a.args == b.args for a, b in zip(wanted, found))
+    return {"routed": float(same), "called_exactly": float(exact)}
+
+
 def _answered(judge: Judge, expected: Expected, turn: Turn) -> dict[str, float]:
     """Whether the reply to a question is right, and its evidence where it should name some."""
     question = expected.question
+    if question.kind == "segment":
+        overlap = _overlap(turn, expected)
+        return {"right": float(overlap >= 0.5), "iou": overlap}
     if question.kind == "locate":
         found, gold = _boxes(turn, expected)
         px = judge.config.px
@@ -91,9 +117,13 @@ def score(
         images: the pictures they show.
     """
     turns = [reply] if isinstance(reply, Turn) else list(reply)
-    if len(turns) != len(item.expected):
-        raise ValueError(f"item {item.id}: {len(item.expected)} replies expected, got {len(turns)}")
-    return _SCORES.get(item.skill, _score_answer)(judge, item, turns, images)
+    replies = 1 if item.skill == "chain" else len(item.expected)
+    if len(turns) != replies:
+        raise ValueError(f"item {item.id}: {replies} replies expected, got {len(turns)}")
+    scores = _SCORES.get(item.skill, _score_answer)(judge, item, turns, images)
+    if judge.config.calls:
+        scores |= {f"{item.skill}_{name}": value for name, value in _routed(item.expected, turns).items()}
+    return scores
 
 
 def _score_drawing(judge: Judge, item: Item, turns: list[Turn], images) -> dict[str, float]:
@@ -147,7 +177,38 @@ def _score_dialogue(judge: Judge, item: Item, turns: list[Turn], images) -> dict
     return scores
 
 
-_SCORES = {"draw_scene": _score_drawing, "edit": _score_edit, "dialogue": _score_dialogue}
+def _score_chain(judge: Judge, item: Item, turns: list[Turn], images) -> dict[str, float]:
+    """Each request is judged by its part of the reply: pictures, masks and boxes in order, and its words."""
+    parts = turns[0].parts
+    shown = iter([part for part in parts if isinstance(part, Image)])
+    masked = iter([part for part in parts if isinstance(part, Mask)])
+    said = tuple(part for part in parts if isinstance(part, Text | Box))
+    right = []
+    for expected in item.expected:
+        kind = expected.question.kind if expected.question else ""
+        own = (
+            next(shown, None)
+            if expected.target is not None
+            else next(masked, None)
+            if kind == "segment"
+            else None
+        )
+        step = Turn("assistant", said if own is None else (own,))
+        right.append(float(turn_right(judge, expected, step, images)))
+    whole = all(right) and next(shown, None) is None and next(masked, None) is None
+    return {
+        "chain_right": float(whole),
+        "chain_steps": _mean(right),
+        f"chain_right_{item.kind}": float(whole),
+    }
+
+
+_SCORES = {
+    "chain": _score_chain,
+    "draw_scene": _score_drawing,
+    "edit": _score_edit,
+    "dialogue": _score_dialogue,
+}
 
 
 def _mean(values: Sequence[float]) -> float:

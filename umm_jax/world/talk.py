@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, Text, Turn
+from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, TaskCall, Text, Turn
+from umm_jax.world.calls import call, with_calls
 from umm_jax.world.grammar import DIRECTIONS, UNDO, WHICH, Grammar
 from umm_jax.world.render import Renderer
 from umm_jax.world.scene import Scene, WorldConfig
@@ -47,6 +48,7 @@ class Exchange:
     Attributes:
         shows: (ref or None for a new one, scene, parent) of each picture in `bot`, in order; a picture is
             a None among the parts until it has its name.
+        asks: where there are calls, one for each picture or mask in `bot`, in order.
         needs: earlier turns without which the reply cannot be known.
         salient: what "it" means afterwards, when the exchange shows a picture or `singles_out` an object.
     """
@@ -59,17 +61,20 @@ class Exchange:
     shows: list[tuple[str | None, Scene, int | None]] = field(default_factory=list)
     salient: int | None = None
     singles_out: bool = False
+    asks: list[TaskCall] = field(default_factory=list)
 
     def words(self, config: WorldConfig) -> int:
         """Length of both turns; see :func:`words`."""
-        return words(self.user, config) + words(self.bot, config)
+        bot = with_calls(self.bot, self.asks) if config.calls else self.bot
+        return words(self.user, config) + words(bot, config)
 
 
 def words(parts: Sequence[Part | None], config: WorldConfig) -> int:
     """Length of a turn as the samplers count it.
 
     A word, number or punctuation mark is 1, a turn has 2 markers, an image is one mark and one position a
-    cell, a box is 6, a mask one mark and its runs. A dialogue has one further position for its beginning.
+    cell, a box is 6, a mask one mark and its runs, a call its words, with 3 marks. A dialogue has one further
+    position for its beginning.
     """
     total = 2
     for part in parts:
@@ -77,6 +82,8 @@ def words(parts: Sequence[Part | None], config: WorldConfig) -> int:
             total += len(part.text.split())
         elif part is None or isinstance(part, Image):
             total += 1 + config.cells
+        elif isinstance(part, TaskCall):
+            total += 3 + len(part.args["payload"].split())
         else:
             total += 6 if isinstance(part, Box) else 1 + len(part.rle)
     return total
@@ -130,7 +137,7 @@ class Talk:
         shows = iter(exchange.shows)
         bot = tuple(
             self._show(*_origin(next(shows), exchange.op), turn + 1) if part is None else part
-            for part in exchange.bot
+            for part in (with_calls(exchange.bot, exchange.asks) if self.world.config.calls else exchange.bot)
         )
         needs = tuple(sorted({n for n in exchange.needs if n < turn}))
         meta = {"program": exchange.program}
@@ -174,7 +181,8 @@ class Talk:
 
     def draw(self, scene: Scene, order: Sequence[int] | None = None) -> Exchange:
         text = self.world.grammar.draw(scene, order)
-        return Exchange("draw", [Text(text)], [None], ["draw"], (), [(None, scene, None)])
+        asks = [call("image_gen", text)]
+        return Exchange("draw", [Text(text)], [None], ["draw"], (), [(None, scene, None)], asks=asks)
 
     def edit(self, edit: Edit, it: bool = False) -> Exchange:
         """`it` says "it" for the object edited, which must then be the salient one."""
@@ -191,7 +199,17 @@ class Talk:
         asked = Text(grammar.edit(edit, about))
         shows = [(None, after, state.focus)]
         salient = salient_after(edit, state.salient)
-        return Exchange("edit", [asked], [said, None], edit.program(), tuple(needs), shows, salient)
+        asks = [self._asked(edit, before)]
+        return Exchange(
+            "edit", [asked], [said, None], edit.program(), tuple(needs), shows, salient, asks=asks
+        )
+
+    def _asked(self, edit: Edit, before: Scene) -> TaskCall:
+        """An edit as a call: its object by name and place, whatever the user called it."""
+        about = box = None
+        if edit.cell is not None and before.cells[edit.cell]:
+            about, box = reference(before, edit.cell), place(self.world, before, edit.cell)
+        return call("image_edit", self.world.grammar.edit(edit, about), box)
 
     def undo(self, to: int | None = None, name: str | None = None) -> Exchange | None:
         """Back to the picture before the last change, or to picture `to`, called `name`; None: no such."""
@@ -231,8 +249,12 @@ class Talk:
         state, world = self.state, self.world
         picture = state.picture if of is None else state.pictures[of]
         meaning = answer(question, picture.scene)
+        asks: list[TaskCall] = []
+        if question.kind == "segment":
+            asks = [call("image_seg", world.grammar.about(question.about))]
         if question.kind in ("locate", "segment"):
-            reply = [region(world, question.kind, picture.ref, picture.scene, meaning)]
+            label = world.grammar.about(question.about) if world.config.calls else None
+            reply = [region(world, question.kind, picture.ref, picture.scene, meaning, label)]
         else:
             reply = [Text(world.grammar.answer(question, meaning))]
         text = world.grammar.question(question) if name is None else world.grammar.in_picture(name, question)
@@ -247,6 +269,7 @@ class Talk:
             (picture.turn,),
             salient=singled,
             singles_out=singled is not None,
+            asks=asks,
         )
 
     def compare_more(self, about: About) -> Exchange:
@@ -295,11 +318,18 @@ class Talk:
         return names
 
 
-def region(world: World, kind: str, ref: str, scene: Scene, cell: int) -> Box | Mask:
+def region(
+    world: World, kind: str, ref: str, scene: Scene, cell: int, label: str | None = None
+) -> Box | Mask:
     """Where the object in `cell` lies in picture `ref`: "locate" a box, "segment" a mask."""
     if kind == "segment":
-        return Mask.from_array(ref, world.renderer.mask(scene, cell))
-    return Box(ref, tuple(edge / world.config.px for edge in world.renderer.box(scene, cell)))
+        return Mask.from_array(ref, world.renderer.mask(scene, cell), label)
+    return Box(ref, place(world, scene, cell), label)
+
+
+def place(world: World, scene: Scene, cell: int) -> tuple[float, float, float, float]:
+    """The box of the object in `cell`, as shares of the picture's sides."""
+    return tuple(edge / world.config.px for edge in world.renderer.box(scene, cell))
 
 
 def _origin(show: tuple, op: str) -> tuple:
