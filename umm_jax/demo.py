@@ -1,6 +1,6 @@
 """The whole way of a run of the visual-dialogue world, one public command after another.
 
-    umm data tokenizer -> umm data synthesize -> umm train (the autoencoder first, where the config has one)
+    umm data synthesize -> umm data tokenizer -> umm train (the autoencoder first, where the config has one)
     -> umm eval -> umm report
 
 Where a config's run goes on from that of another (``world.after``), that one is made and trained
@@ -31,28 +31,24 @@ def demo(config: str, workdir: str | Path, overrides: Sequence[str], do: Do) -> 
         do: runs one command line, given without the program's name.
     """
     workdir = Path(workdir)
-    step = _Steps(do)
-    tokenizer = workdir / "tokenizer.model"
-    if not tokenizer.exists():
-        with cost.stage(workdir, "data"):
-            step("data", "tokenizer", f"--config={config}", *overrides, f"--out={tokenizer}")
+
+    def step(*words: str) -> None:
+        print(f"\n$ umm {shlex.join(words)}", flush=True)
+        do(words)
+
+    def tokenizer() -> Path:
+        """One for all of them, of the last one's words; made when first asked for."""
+        path = workdir / "tokenizer.model"
+        if not path.exists():
+            step("data", "tokenizer", f"--config={config}", *overrides, f"--out={path}")
+        return path
+
     _trained(config, workdir, overrides, tokenizer, step)
     step("eval", f"--run={workdir}")
     step("report", f"--run={workdir}")
 
 
-class _Steps:
-    """Shows a command line, then runs it."""
-
-    def __init__(self, do: Do):
-        self.do = do
-
-    def __call__(self, *words: str) -> None:
-        print(f"\n$ umm {shlex.join(words)}", flush=True)
-        self.do(words)
-
-
-def _trained(config: str, workdir: Path, overrides: Sequence[str], tokenizer: Path, step: _Steps) -> None:
+def _trained(config: str, workdir: Path, overrides: Sequence[str], tokenizer, step) -> None:
     """Everything up to a trained model, whatever comes before it first."""
     run = configs.load(config, overrides)
     base, data = [f"--config={config}", *overrides], workdir / "data"
@@ -63,9 +59,10 @@ def _trained(config: str, workdir: Path, overrides: Sequence[str], tokenizer: Pa
         base.append(f"--config.train.init_from={first}")
     with cost.stage(workdir, "data"):
         step("data", "synthesize", *base, f"--out={data}", f"--workers={os.cpu_count() or 1}")
+        path = tokenizer()
     base += [
         f"--config.data.sources={json.dumps([{'path': str(data)}])}",
-        f"--config.data.tokenizer={tokenizer}",
+        f"--config.data.tokenizer={path}",
     ]
     if run.world.autoencoder:
         first = workdir / "autoencoder"

@@ -40,6 +40,14 @@ def add(commands) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="the same words and seed give the same replies")
     p.add_argument(
+        "--experts", action="store_true", help="have what a model's calls ask for done by installed experts"
+    )
+    p.add_argument(
+        "--drawn-by",
+        metavar="RUN",
+        help='a trained model that draws what calls ask for; "rules" are those of the run\'s world',
+    )
+    p.add_argument(
         "--preview", choices=["auto", "always", "never"], default="auto", help="pictures in the terminal"
     )
 
@@ -94,6 +102,8 @@ def _chat(args) -> None:
     from umm_jax.generate import chat, load_run
 
     loaded = load_run(args.folder, args.step, args.weights)
+    if args.experts or args.drawn_by:
+        _attend(loaded, args)
     colour = args.preview == "always" or (args.preview == "auto" and shows_colour(sys.stdout))
     talk = chat.Chat(
         loaded.replier, loaded.run.reply, Path(args.folder) / "chat", seed=args.seed, colour=colour
@@ -105,6 +115,34 @@ def _chat(args) -> None:
         f"{args.folder}, step {loaded.step}. The first reply takes a while (compiling). /help lists commands."
     )
     chat.run(talk, chat.typed())
+
+
+def _attend(loaded, args) -> None:
+    """Puts experts at the model's side."""
+    from umm_jax.errors import ConfigError
+    from umm_jax.evaluate.runner import world_of
+    from umm_jax.evaluate.world_expert import WorldExpert
+    from umm_jax.generate import load_run
+    from umm_jax.router.execute import Executor
+    from umm_jax.router.experts import Registry
+    from umm_jax.router.native import Drawing
+    from umm_jax.router.replies import attend
+
+    registry = Registry.installed() if args.experts else Registry({})
+    if args.drawn_by == "rules":
+        registry.add(WorldExpert(world_of(loaded.run)))
+    elif args.drawn_by:
+        other = load_run(args.drawn_by)
+        if hasattr(other.replier, "experts"):
+            raise ConfigError(
+                f"--drawn-by={args.drawn_by}: a model of the {other.run.family} family draws nothing"
+            )
+        registry.add(Drawing(other.replier, version=f"step {other.step}", settings=other.run.reply))
+    if attend(loaded.replier, Executor(registry)) is None:
+        raise ConfigError(
+            f"{args.folder}: a model of the {loaded.run.family} family draws by itself and calls nobody; "
+            "leave out --experts and --drawn-by"
+        )
 
 
 def _demo(args) -> None:

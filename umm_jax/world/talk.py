@@ -208,7 +208,9 @@ class Talk:
         """An edit as a call: its object by name and place, whatever the user called it."""
         about = box = None
         if edit.cell is not None and before.cells[edit.cell]:
-            about, box = reference(before, edit.cell), place(self.world, before, edit.cell)
+            about = reference(before, edit.cell)
+            # A box says that nothing outside of it changes; who moves something changes two places.
+            box = None if edit.kind == "move" else place(self.world, before, edit.cell)
         return call("image_edit", self.world.grammar.edit(edit, about), box)
 
     def undo(self, to: int | None = None, name: str | None = None) -> Exchange | None:

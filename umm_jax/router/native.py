@@ -1,0 +1,95 @@
+"""Experts that are models of ours: a family that draws, asked for one picture.
+
+umm chat --run=runs/unified --experts --drawn-by=runs/chatumm
+"""
+
+import numpy as np
+import PIL.Image
+
+from umm_jax.config import ReplySettings
+from umm_jax.conversation import Conversation, Image, ImageData, Part, Text, Turn
+from umm_jax.errors import UserError
+from umm_jax.families.contract import Replier
+from umm_jax.router.experts import ExpertError, Medium, Request, Result, Spec
+
+_TASKS = frozenset({"image_gen", "image_edit", "layout_gen"})
+
+
+class Drawing:
+    """Draws, edits, and draws objects in their places, with a trained model that answers with pictures.
+
+    The call becomes a conversation of one user turn: the picture it works on, then its words. Objects that
+    are laid out are said after them, each with its box in letters. Where a region is given, nothing outside
+    of it changes: what the model drew is pasted into the picture.
+
+    Args:
+        replier: of a family that draws. name, version: what results are marked with.
+        settings: how it draws; the mode is set here.
+    """
+
+    def __init__(
+        self,
+        replier: Replier,
+        name: str = "native.drawing",
+        version: str = "1",
+        settings: ReplySettings | None = None,
+        priority: int = 10,
+    ):
+        self.replier, settings = replier, settings or ReplySettings()
+        self.settings = ReplySettings(
+            mode="image",
+            max_images=1,
+            max_tokens=settings.max_tokens,
+            image_steps=settings.image_steps,
+            guidance=settings.guidance,
+            image_guidance=settings.image_guidance,
+        )
+        self.spec = Spec(name, version, _TASKS, priority=priority)
+
+    def run(self, request: Request) -> Result:
+        parts: list[Part] = [Text(self._words(request))]
+        images = {}
+        if request.medium is not None:
+            images["source"] = ImageData.from_array(request.medium.value)
+            parts.insert(0, Image("source"))
+        asked = Conversation("call", (Turn("user", tuple(parts)),), images)
+        try:
+            (reply,) = self.replier.reply([asked], self.settings, [request.seed % 2**32])
+        except UserError as error:
+            raise ExpertError(str(error)) from None
+        drawn = [reply.images[p.ref] for p in reply.turn.parts if isinstance(p, Image)]
+        if not drawn:
+            raise ExpertError("the model answered without a picture")
+        return Result((Medium("image", _pasted(drawn[0].array(), request)),))
+
+    @staticmethod
+    def _words(request: Request) -> str:
+        words = [request.prompt] if request.prompt else []
+        for phrase, boxes in request.objects if request.task == "layout_gen" else ():
+            for box in boxes or (None,):
+                words.append(phrase if box is None else f"{phrase} at {_spelt(box)}")
+        return " , ".join(words)
+
+    def close(self) -> None:
+        """Its parameters go with it."""
+        self.replier.params = None
+
+
+def _spelt(box) -> str:
+    """A box in thousandths, as the families that write boxes in letters do."""
+    x0, y0, x1, y1 = (min(round(v * 1000), 999) for v in box)
+    return f"({x0:03d},{y0:03d})({x1:03d},{y1:03d})"
+
+
+def _pasted(drawn: np.ndarray, request: Request) -> np.ndarray:
+    """What was drawn, in the size of what it was made from; where there is a region, inside of it only."""
+    if request.medium is None:
+        return drawn
+    before = request.medium.value
+    height, width = before.shape[:2]
+    if drawn.shape[:2] != (height, width):
+        picture = PIL.Image.fromarray(drawn).resize((width, height), PIL.Image.Resampling.BICUBIC)
+        drawn = np.asarray(picture)
+    if request.region is None:
+        return drawn
+    return np.where(request.region[..., None], drawn, before)
