@@ -24,10 +24,33 @@ def add(commands) -> None:
         help="what the user sent, in order; can be repeated",
     )
     p.add_argument("--experts", action="store_true", help="run the calls, and write what they give to --out")
+    expert_address(p)
     p.add_argument("--conversation", metavar="FILE", help="whose pictures, sent by the user, they work on")
     p.add_argument("--out", metavar="DIR", help="folder for results and manifest.json")
     p.add_argument("--seed", type=int, default=0, help="of what experts draw")
-    command(commands, "experts", _experts, "List the experts that are installed, and what they do.")
+    p = command(commands, "experts", _experts, "List the experts that are installed, and what they do.")
+    p.add_argument("--serve", metavar="NAME", help="answer for this one over HTTP, see --expert")
+    p.add_argument("--host", default="127.0.0.1", help="with --serve (default: this machine only)")
+    p.add_argument("--port", type=int, default=8400, help="with --serve (default: 8400)")
+
+
+def expert_address(parser) -> None:
+    """Adds --expert=URL."""
+    parser.add_argument(
+        "--expert",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an expert that answers over HTTP; asked before others; can be repeated",
+    )
+
+
+def add_remote(registry, urls) -> None:
+    """Registers the experts at these addresses."""
+    from umm_jax.router.remote import Remote
+
+    for url in urls:
+        registry.add(Remote(url))
 
 
 def _route(args) -> None:
@@ -47,7 +70,7 @@ def _route(args) -> None:
     if len(text) > MOST:
         raise ConfigError(f"an answer of more than {MOST} characters")
     answer = parse(text, dialect, mode="strict" if args.strict else "lenient", max_calls=args.max_calls)
-    if args.experts:
+    if args.experts or args.expert:
         found = _run(args, answer)
     else:
         found = manifest(answer, plan(answer, args.media))
@@ -90,7 +113,9 @@ def _run(args, answer) -> dict:
             shown = [part for part in turn.parts if isinstance(part, Image)] if turn.role == "user" else []
             media += [Medium("image", record.images[part.ref].array()) for part in shown]
     steps = plan(answer, [medium.kind for medium in media])
-    executor = Executor(Registry.installed(), strict=args.strict)
+    registry = Registry.installed()
+    add_remote(registry, args.expert)
+    executor = Executor(registry, strict=args.strict)
     done = save(executor.run(steps, media, args.seed), args.out)
     found = manifest(answer, steps)
     for call, facts in zip(found["calls"], done):
@@ -103,6 +128,8 @@ def _experts(args) -> None:
     from umm_jax.router.experts import Registry
 
     registry = Registry.installed()
+    if args.serve:
+        return _serve(registry.get(args.serve), args.host, args.port)
     for name in registry.names:
         try:
             spec = registry.get(name).spec
@@ -111,3 +138,18 @@ def _experts(args) -> None:
             continue
         stands_in = "  stands in for a model" if spec.degraded else ""
         print(f"{name:20} {spec.version:8} {', '.join(sorted(spec.tasks))}{stands_in}")
+
+
+def _serve(expert, host: str, port: int) -> None:
+    from umm_jax.router.remote import server
+
+    try:
+        made = server(expert, host, port)
+    except OSError as error:
+        raise ConfigError(f"{host}:{port}: {error.strerror or error}") from None
+    print(f"{expert.spec.name} at http://{host}:{made.server_port}; Ctrl-C ends it", flush=True)
+    try:
+        made.serve_forever()
+    finally:
+        made.server_close()
+        expert.close()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from umm_jax.cli.grammar import command, positive, shows_colour
+from umm_jax.cli.route import add_remote, expert_address
 
 DEMO_CONFIG = "configs/world_tiny.py"
 SEEDS = ("train.seed", "data.shuffle_seed")  # what `umm demo --seed` sets
@@ -42,6 +43,7 @@ def add(commands) -> None:
     p.add_argument(
         "--experts", action="store_true", help="have what a model's calls ask for done by installed experts"
     )
+    expert_address(p)
     p.add_argument(
         "--drawn-by",
         metavar="RUN",
@@ -102,7 +104,7 @@ def _chat(args) -> None:
     from umm_jax.generate import chat, load_run
 
     loaded = load_run(args.folder, args.step, args.weights)
-    if args.experts or args.drawn_by:
+    if args.experts or args.drawn_by or args.expert:
         _attend(loaded, args)
     colour = args.preview == "always" or (args.preview == "auto" and shows_colour(sys.stdout))
     talk = chat.Chat(
@@ -129,6 +131,7 @@ def _attend(loaded, args) -> None:
     from umm_jax.router.replies import attend
 
     registry = Registry.installed() if args.experts else Registry({})
+    add_remote(registry, args.expert)
     if args.drawn_by == "rules":
         registry.add(WorldExpert(world_of(loaded.run)))
     elif args.drawn_by:
@@ -141,7 +144,7 @@ def _attend(loaded, args) -> None:
     if attend(loaded.replier, Executor(registry)) is None:
         raise ConfigError(
             f"{args.folder}: a model of the {loaded.run.family} family draws by itself and calls nobody; "
-            "leave out --experts and --drawn-by"
+            "leave out --experts, --expert and --drawn-by"
         )
 
 
