@@ -178,7 +178,8 @@ def test_a_box_says_what_may_change():
 # --- ours ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+# Those of other libraries need their models: see test_router_adapters.
+@pytest.mark.parametrize("name", sorted(name for name in SHIPPED if not name.startswith("adapters.")))
 def test_every_shipped_expert_conforms(name):
     assert failures(Registry.installed().get(name)) == []
 

@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import PIL.Image
 
 from umm_jax.config import suggest
 from umm_jax.errors import ConfigError
@@ -22,6 +23,8 @@ GROUP = "umm.experts"
 SHIPPED = {
     "classical.edit": "umm_jax.router.classical:Edit",
     "classical.segment": "umm_jax.router.classical:Segment",
+    "adapters.diffusers": "umm_jax.router.adapters:Diffusers",
+    "adapters.sam": "umm_jax.router.adapters:Sam",
 }
 
 
@@ -128,6 +131,18 @@ class Result:
     note: str = ""
 
 
+def pasted(drawn: np.ndarray, request: Request) -> np.ndarray:
+    """A picture uint8 [h, w, 3] made from the request's, in its size; inside its region, where it has one."""
+    if request.medium is None:
+        return drawn
+    before = request.medium.value
+    height, width = before.shape[:2]
+    if drawn.shape[:2] != (height, width):
+        picture = PIL.Image.fromarray(drawn).resize((width, height), PIL.Image.Resampling.BICUBIC)
+        drawn = np.asarray(picture)
+    return drawn if request.region is None else np.where(request.region[..., None], drawn, before)
+
+
 class ExpertError(Exception):
     """An expert cannot do what it was asked; the text says why."""
 
@@ -176,6 +191,8 @@ class Registry:
                     made = getattr(importlib.import_module(module), attribute)()
                 else:
                     made = place.load()()
+            except ConfigError as error:
+                raise ConfigError(f"expert {name!r}: {error}") from None
             except Exception as error:  # other people's code
                 raise ConfigError(
                     f"expert {name!r} cannot be loaded: {type(error).__name__}: {error}"

@@ -3,14 +3,11 @@
 umm chat --run=runs/unified --experts --drawn-by=runs/chatumm
 """
 
-import numpy as np
-import PIL.Image
-
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Text, Turn
 from umm_jax.errors import UserError
 from umm_jax.families.contract import Replier
-from umm_jax.router.experts import ExpertError, Medium, Request, Result, Spec
+from umm_jax.router.experts import ExpertError, Medium, Request, Result, Spec, pasted
 
 _TASKS = frozenset({"image_gen", "image_edit", "layout_gen"})
 
@@ -60,7 +57,7 @@ class Drawing:
         drawn = [reply.images[p.ref] for p in reply.turn.parts if isinstance(p, Image)]
         if not drawn:
             raise ExpertError("the model answered without a picture")
-        return Result((Medium("image", _pasted(drawn[0].array(), request)),))
+        return Result((Medium("image", pasted(drawn[0].array(), request)),))
 
     @staticmethod
     def _words(request: Request) -> str:
@@ -79,17 +76,3 @@ def _spelt(box) -> str:
     """A box in thousandths, as the families that write boxes in letters do."""
     x0, y0, x1, y1 = (min(round(v * 1000), 999) for v in box)
     return f"({x0:03d},{y0:03d})({x1:03d},{y1:03d})"
-
-
-def _pasted(drawn: np.ndarray, request: Request) -> np.ndarray:
-    """What was drawn, in the size of what it was made from; where there is a region, inside of it only."""
-    if request.medium is None:
-        return drawn
-    before = request.medium.value
-    height, width = before.shape[:2]
-    if drawn.shape[:2] != (height, width):
-        picture = PIL.Image.fromarray(drawn).resize((width, height), PIL.Image.Resampling.BICUBIC)
-        drawn = np.asarray(picture)
-    if request.region is None:
-        return drawn
-    return np.where(request.region[..., None], drawn, before)

@@ -38,7 +38,7 @@ class Remote:
 
     Args:
         url: as "http://127.0.0.1:8400". seconds: one try may take.
-        tries: where the server fails or is slow; the same request has the same key each time, so that it can be
+        tries: where the server fails or is slow; the same request has the same key each time, so it can be
             answered once.
 
     Raises:
