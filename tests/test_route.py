@@ -132,7 +132,7 @@ def test_route_runs_experts(monkeypatch, capsys, tmp_path, conversation):
     assert (status, err) == (0, "") and json.loads((tmp_path / "out" / "manifest.json").read_text()) == found
     edit, seg, video = found["calls"]
     assert [c["status"] for c in found["calls"]] == ["degraded", "degraded", "error"]
-    assert video["note"] == "no expert for video_gen" and video["outputs"] == []
+    assert "none of them is named" in video["note"] and video["outputs"] == []
     edited = np.asarray(PIL.Image.open(tmp_path / "out" / edit["outputs"][0]["file"]))
     mask = np.asarray(PIL.Image.open(tmp_path / "out" / seg["outputs"][0]["file"]))
     assert (edited[mask > 0] == (40, 70, 230)).all() and (edited[mask == 0] == 255).all() and mask.any()

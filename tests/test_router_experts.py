@@ -211,6 +211,51 @@ def test_classical_masks():
     assert not empty.any()
 
 
+def made(name: str, task: str, prompt: str, **more) -> Medium:
+    from dataclasses import replace
+
+    asked = replace(request(task), prompt=prompt, **more)
+    return Registry.installed().get(name).run(asked).media[0]
+
+
+def test_classical_layouts():
+    objects = (("a red circle", ((0.0, 0.0, 0.5, 0.5),)), ("a blue square", ((0.5, 0.5, 1.0, 1.0),)))
+    picture = made("classical.shapes", "layout_gen", "still life on black", objects=objects).value
+    assert picture.shape == (256, 256, 3)
+    assert (picture[64, 64] == (220, 30, 30)).all() and (picture[2, 2] == 0).all(), "a circle has no corners"
+    assert (picture[130:, 130:] == (40, 70, 230)).all() and (picture[10, 200] == 0).all()
+    two = made("classical.shapes", "image_gen", "a green ring and a yellow triangle", objects=()).value
+    assert {tuple(c) for c in two.reshape(-1, 3)} == {(255, 255, 255), (20, 160, 50), (250, 215, 20)}
+    with pytest.raises(ExpertError, match="none of them is named"):
+        made("classical.shapes", "image_gen", "justice", objects=())
+
+
+def test_classical_videos():
+    still = sample("image").value
+    video = made("classical.motion", "image_to_video", "the circle moves left").value
+    np.testing.assert_array_equal(video[0], still)
+    assert (video[3] == np.roll(still, -3, axis=1)).all()
+    edited = made("classical.film", "video_edit", "make it blue", times=((0.5, 1.0),), boxes=()).value
+    before = sample("video").value
+    np.testing.assert_array_equal(edited[:2], before[:2])
+    assert ((edited[2:] == (40, 70, 230)).all(-1) == (before[2:] == (220, 30, 30)).all(-1)).all()
+    track = made("classical.film", "video_seg", "the circle").value
+    assert track.shape == before.shape[:3] and (track[0] == (before[0] == (220, 30, 30)).all(-1)).all()
+
+
+def test_classical_sounds():
+    low, high = (made("classical.sound", "audio_gen", f"a {w} tone").value for w in ("low", "high"))
+    peak = [int(np.argmax(np.abs(np.fft.rfft(wave)))) for wave in (low, high)]
+    assert peak == [220, 880] and np.abs(low).max() <= 1
+    rain = [made("classical.sound", "audio_gen", "rain", seed=s).value for s in (1, 1, 2)]
+    assert (rain[0] == rain[1]).all() and (rain[0] != rain[2]).any()
+    wave = sample("audio").value
+    assert (made("classical.sound", "audio_edit", "reverse it").value == wave[::-1]).all()
+    assert len(made("classical.sound", "audio_edit", "faster").value) == len(wave) // 2
+    with pytest.raises(ExpertError, match="none of them is named"):
+        made("classical.sound", "audio_gen", "silence")
+
+
 # --- theirs -------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,10 @@ GROUP = "umm.experts"
 SHIPPED = {
     "classical.edit": "umm_jax.router.classical:Edit",
     "classical.segment": "umm_jax.router.classical:Segment",
+    "classical.shapes": "umm_jax.router.classical_media:Shapes",
+    "classical.motion": "umm_jax.router.classical_media:Motion",
+    "classical.film": "umm_jax.router.classical_media:Film",
+    "classical.sound": "umm_jax.router.classical_media:Sound",
     "adapters.diffusers": "umm_jax.router.adapters:Diffusers",
     "adapters.sam": "umm_jax.router.adapters:Sam",
 }
