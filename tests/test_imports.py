@@ -29,7 +29,7 @@ ROOMS = {
     "markup": {"errors", "config", "conversation"},
     "families": BASE | {"models", "sharding", "compiler", "weights", "markup"},
     "world": {"errors", "config", "conversation", "markup"},
-    "data": BASE,
+    "data": BASE | {"markup"},
     "train": BASE | {"sharding", "compiler", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},
     "router": BASE | {"sharding", "models", "families", "markup", "data", "train", "generate"},

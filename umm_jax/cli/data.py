@@ -89,6 +89,18 @@ def add(commands) -> None:
     p.add_argument("--split", default="train", help="name of the split")
     _of_shards(p, 8)
 
+    p = command(of_data, "tasks", _tasks, "Write records again with a call before whatever is shown.")
+    p.add_argument("path", metavar="FOLDER", help="a finished folder")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument(
+        "--chain",
+        default="1,1",
+        metavar="LEAST,MOST",
+        help="requests of a turn (default: 1,1)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of how many are joined")
+    _of_shards(p, 8)
+
     command(of_data, "formats", _formats, "List what import reads.")
 
     p = command(of_data, "inspect", _inspect, "Show conversations of a shard, a folder or a JSON file.")
@@ -237,6 +249,19 @@ def _import(args) -> None:
         split=args.split,
     )
     _make(args, make, len(make), make.recipe(), "import", args.max_rejected)
+
+
+def _tasks(args) -> None:
+    from umm_jax.data.tasks import Tasks
+
+    try:
+        least, most = map(int, args.chain.split(","))
+    except ValueError:
+        raise ConfigError(f"--chain is two whole numbers, as 1,3; it is {args.chain!r}") from None
+    make = Tasks(args.path, (least, most), args.seed)
+    how = make.recipe()
+    args.split = how["from"]["name"]
+    _make(args, make, len(make), how, "tasks")
 
 
 def _formats(args) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from umm_jax.markup.chains import THEN
 from umm_jax.world import calls
 from umm_jax.world.grammar import DIRECTIONS, SMALLTALK, UNDO, WHICH
 from umm_jax.world.scene import CHANGES, Scene, WorldConfig
@@ -50,7 +51,7 @@ def vocabulary_text(config: WorldConfig) -> Iterator[str]:
     yield "yes no"
     if config.calls:
         yield " ".join(calls.numbers(config.px))
-        yield f"draw{calls.THEN}segment"
+        yield f"draw{THEN}segment"
     yield from _further_operations(config, grammar, about)
 
 

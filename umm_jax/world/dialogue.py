@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from umm_jax.conversation import Conversation
-from umm_jax.world.calls import chained
+from umm_jax.markup.chains import chained
 from umm_jax.world.choose import TRIES, Choice, Chooser, misplaced
 from umm_jax.world.grammar import SMALLTALK
 from umm_jax.world.scene import Scene, WorldConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from umm_jax.config import suggest
 from umm_jax.conversation import Conversation, Text, Turn
 from umm_jax.errors import ConfigError
-from umm_jax.world.calls import joined
+from umm_jax.markup.chains import joined
 from umm_jax.world.choose import PATIENT, misplaced
 from umm_jax.world.dialogue import Sampler, sampler
 from umm_jax.world.scene import Scene, WorldConfig
