@@ -105,6 +105,37 @@ def vision_layers(theirs: str, ours: str, count: int) -> Rules:
 # --- SAM --------------------------------------------------------------------------------------------
 
 
+def sam_encoder(theirs: str, ours: str, config: Any) -> Rules:
+    """SAM's image encoder, named as in its own code; `config` a SamEncoderConfig."""
+    yield from weight(f"{theirs}patch_embed.proj", f"{ours}patch", "conv")
+    yield Rule(f"{theirs}pos_embed", f"{ours}position", "first")
+    run = config.layers // config.groups
+    for i in range(config.layers):
+        group, k = divmod(i, run)
+        whole = k == run - 1
+        to, at = (
+            (f"{ours}whole", f"[{group}]") if whole else (f"{ours}windowed", f"[{group * (run - 1) + k}]")
+        )
+        layer = f"{theirs}blocks.{i}"
+        yield from norm(f"{layer}.norm1", f"{to}/attention_norm", index=at)
+        yield from weight(f"{layer}.attn.qkv", f"{to}/qkv", index=at)
+        yield from weight(f"{layer}.attn.proj", f"{to}/out", index=at)
+        yield Rule(f"{layer}.attn.rel_pos_h", f"{to}/rows{at}")
+        yield Rule(f"{layer}.attn.rel_pos_w", f"{to}/columns{at}")
+        yield from norm(f"{layer}.norm2", f"{to}/mlp_norm", index=at)
+        yield from weight(f"{layer}.mlp.lin1", f"{to}/up", index=at)
+        yield from weight(f"{layer}.mlp.lin2", f"{to}/down", index=at)
+    yield from sam_neck(f"{theirs}neck.", ours)
+
+
+def sam_neck(theirs: str, ours: str) -> Rules:
+    """The two convolutions after SAM's encoder."""
+    yield from weight(f"{theirs}0", f"{ours}neck_in", "conv", bias=False)
+    yield from norm(f"{theirs}1", f"{ours}neck_in_norm")
+    yield from weight(f"{theirs}2", f"{ours}neck_out", "conv", bias=False)
+    yield from norm(f"{theirs}3", f"{ours}neck_out_norm")
+
+
 def sam_prompts(theirs: str, ours: str) -> Rules:
     """SAM's prompt encoder, named as in its own code; ours is ``models.mask_decoder.PromptEncoder``."""
     yield Rule(f"{theirs}pe_layer.positional_encoding_gaussian_matrix", f"{ours}frequencies")

@@ -162,11 +162,7 @@ def _rules(c: ModelConfig) -> Iterator[Rule]:
     if c.masks is not None:
         yield from stock.weight("model.text_hidden_fcs.0.0", "masks/query_in")
         yield from stock.weight("model.text_hidden_fcs.0.2", "masks/query_out")
-        neck = f"{SAM}image_encoder.neck."
-        yield from stock.weight(f"{neck}0", "masks/neck_in", "conv", bias=False)
-        yield from stock.norm(f"{neck}1", "masks/neck_in_norm")
-        yield from stock.weight(f"{neck}2", "masks/neck_out", "conv", bias=False)
-        yield from stock.norm(f"{neck}3", "masks/neck_out_norm")
+        yield from stock.sam_neck(f"{SAM}image_encoder.neck.", "masks/")
         yield from stock.sam_prompts(f"{SAM}prompt_encoder.", "masks/prompts/")
         yield from stock.sam_decoder(f"{SAM}mask_decoder.", "masks/decoder/", c.masks.decoder)
 
