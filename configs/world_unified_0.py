@@ -8,13 +8,11 @@ and trained at once, on pictures and questions about them, without a single call
 from ml_collections import ConfigDict
 
 SIDE, WIDTH = 24, 128
-# What a world of this family has throughout: calls, one picture after another, no words before a picture.
+# What a world of this family has throughout.
 WORLD = dict(
     calls=True,
     shuffled=False,
-    first_upload=1.0,
-    evidence=True,
-    questions=dict(describe=1.0, where=1.5, locate=2.0),
+    questions=dict(describe=1.0, where=1.5, locate=2.0, count=2.0, exists=1.5),
     edits=dict(add=0.8, background=0.3),
 )
 
@@ -56,9 +54,9 @@ def get_config() -> ConfigDict:
             model=model,
             world=dict(
                 preset="tiny",
-                count=12000,
+                count=20000,
                 # One picture of the user's, and questions about it.
-                overrides=dict(**WORLD, max_images=1, talk=[3, 6], talk_ops=dict(ask=1.0)),
+                overrides=dict(**WORLD, first_upload=1.0, max_images=1, talk=[3, 6], talk_ops=dict(ask=1.0)),
             ),
             data=dict(tokens=128, images=1, axes=dict(masks=1), packing="none", batch_size=16),
             optim=dict(
@@ -77,10 +75,10 @@ def get_config() -> ConfigDict:
                 ],
             ),
             train=dict(
-                steps=700,
+                steps=1200,
                 loss=dict(text=1.0, mask=0.0, dice=0.0),
                 log_every=20,
-                save_every=350,
+                save_every=600,
             ),
             reply=dict(max_tokens=96, max_images=4),
             eval=dict(splits=["iid"], items=256, dialogues=128),

@@ -7,6 +7,7 @@ import pytest
 import unified_toy as toy
 from flax import nnx
 
+from umm_jax.config import from_dict
 from umm_jax.conversation import Box, Conversation, Image, Mask, Text, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.unified_mllm.stream import square, unsquare
@@ -177,7 +178,7 @@ def test_another_picture_changes_only_what_comes_after_it():
 
     def hidden(batch):
         tokens = batch["tokens"]
-        visual, _ = model.look(batch["images"]["pixels"])
+        visual, _ = model.look(batch["images"])
         x = model.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
         return model.backbone(x, tokens["positions"], model.sight(batch))[0]
 
@@ -200,7 +201,7 @@ def test_masks_teach_what_asks_for_them_and_the_tower():
 
     grads = dict(nnx.to_flat_state(nnx.grad(loss)(model, batch)))
     size = {path: float(jnp.abs(g[...]).max()) for path, g in grads.items()}
-    assert size["masks", "query_in", "kernel"] > 0 and size["masks", "neck_in", "kernel"] > 0
+    assert size["masks", "query_in", "kernel"] > 0 and size["masks", "neck", "neck_in", "kernel"] > 0
     assert size["embed", "table"] > 0 and max(v for p, v in size.items() if p[0] == "tower") > 0
     assert not any(v for p, v in size.items() if p[0] == "head"), "words are not what masks teach"
     # The state before the mark is asked, so the mark's own embedding is not.
@@ -251,3 +252,57 @@ def test_boxes_without_a_picture_stay_words():
     answer = grammar.parse("at <box>[0.1, 0.2, 0.3, 0.4]</box>", toy.serializer().dialect)
     assert records.parts(answer, None)[1] == Text("<box>[0.100, 0.200, 0.300, 0.400]</box>")
     assert records.parts(answer, "a")[1] == Box("a", (0.1, 0.2, 0.3, 0.4))
+
+
+# --- a mask head with SAM's encoder -------------------------------------------------------------------------
+
+
+def lisa(**changes):
+    """As LISA has it: the mask head sees the picture itself, larger, through an encoder of its own."""
+    masks = toy.section()["masks"]
+    encoder = dict(image_size=32, patch=8, width=16, layers=2, heads=2, mlp=24, groups=1, window=2, out=16)
+    layout = {**toy.section()["layout"], "large_size": 32, "mask_size": 16, "dialect": "lisa"}
+    tower = toy.section()["tower"]
+    tower = {**tower, "pyramid": {**tower["pyramid"], "noise": 0.0}}
+    return toy.section(
+        masks={**masks, "encoder": encoder}, layout=layout, tower=tower, constrain="off", **changes
+    )
+
+
+def test_a_picture_for_sam_lies_in_the_corner():
+    lay = toy.FAMILY.stream.Serializer(lisa(), toy.tokenizer())
+    wide = toy.picture(3, (8, 16))
+    mask = toy.region(size=(8, 16), rows=slice(2, 6), columns=slice(8, 16))
+    turns = (toy.user(Image("a"), "segment the red ring"), toy.bot(mask))
+    stream = lay(Conversation("x", turns, {"a": wide}))
+    assert stream["images"]["extent"].tolist() == [[16, 32]]
+    large = stream["images"]["large"][0]
+    assert large.shape == (32, 32, 3) and large[:16].any() and not large[16:].any()
+    target = stream["masks"]["target"][0]
+    assert target.shape == (16, 16) and not target[8:].any() and target[2:6, 8:].all() and target.sum() == 32
+    back = lay.found(np.where(target > 0, 1.0, -1.0), 8, 16)
+    np.testing.assert_array_equal(back, mask.array())
+
+
+def test_what_is_beyond_the_picture_does_not_matter():
+    config = from_dict(toy.FAMILY.config.ModelConfig, lisa(), "config.model")
+    lay, model = toy.FAMILY.stream.Serializer(config, toy.tokenizer()), toy.model(config)
+    turns = (
+        toy.user(Image("a"), "segment the red ring"),
+        toy.bot(toy.region(size=(8, 16), rows=slice(2, 6))),
+    )
+    batch = toy.batch([[Conversation("x", turns, {"a": toy.picture(3, (8, 16))})]], lay)
+    found = losses(config, batch, model)
+    assert found["mask"][1] == 1 and np.isfinite(found["mask"][0])
+    images = batch["images"]
+    other = {**batch, "images": {**images, "large": images["large"].at[:, :, 16:].set(99)}}
+    assert losses(config, other, model) == found
+    inside = {**batch, "images": {**images, "large": images["large"].at[:, :, :8].set(99)}}
+    assert losses(config, inside, model)["mask"] != found["mask"]
+
+
+def test_the_encoder_and_its_picture_go_together():
+    with pytest.raises(ConfigError, match="large_size is 0, but masks.encoder sees 32"):
+        toy.config(masks=lisa()["masks"])
+    with pytest.raises(ConfigError, match="large_size is 64"):
+        toy.config(layout={**toy.section()["layout"], "large_size": 64})

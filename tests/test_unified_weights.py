@@ -10,6 +10,7 @@ from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.models.backbone import BackboneConfig
 from umm_jax.models.layers import Keys
 from umm_jax.models.lora_moe import LoRAMoEConfig
+from umm_jax.models.sam_encoder import SamEncoderConfig
 from umm_jax.models.tower import TowerConfig
 from umm_jax.models.vision import ClipConfig, ClipTowerConfig
 from umm_jax.weights.table import compare
@@ -52,6 +53,29 @@ def test_every_parameter_has_a_name_and_the_published_shape():
     assert {name: found.get(name) for name in published} == published
     assert f"{WEIGHTS.TOWER}encoder.layers.22.mlp.fc1.weight" in found
     assert f"{WEIGHTS.TOWER}encoder.layers.23.mlp.fc1.weight" not in found
+
+
+def test_lisa_is_covered_and_says_its_sizes():
+    """At the published size: every tensor of SAM's has its place, and the shapes say which SAM it is."""
+    masks = CONFIG.MaskConfig(encoder=SamEncoderConfig())
+    layout = toy.FAMILY.stream.LayoutConfig(large_size=1024, dialect="lisa")
+    config = CONFIG.ModelConfig(backbone=BackboneConfig(**BIG), masks=masks, layout=layout)
+    ours, table = shapes_of(config), WEIGHTS.table(config)
+    table.check(ours)
+    found = table.theirs(ours)
+    assert found[f"{WEIGHTS.SAM}image_encoder.blocks.31.attn.rel_pos_w"] == (127, 80)
+    assert found[f"{WEIGHTS.SAM}image_encoder.blocks.30.attn.qkv.weight"] == (3840, 1280)
+    assert found[f"{WEIGHTS.SAM}image_encoder.neck.2.weight"] == (256, 256, 3, 3)
+    told = dict(
+        model_type="llava",
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=11008,
+        rms_norm_eps=1e-5,
+        mm_vision_tower="openai/clip-vit-large-patch14-336",
+    )
+    assert WEIGHTS.config_of(told, found) == config
 
 
 def test_what_groundinggpt_has_beside():
@@ -162,7 +186,7 @@ def test_numbers_of_llava():
     normal = torch.tensor((pixels / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():
         wanted = published(input_ids=torch.tensor(ids), pixel_values=normal).logits.numpy()
-    visual, _ = model.look(jnp.asarray(pixels)[None])
+    visual, _ = model.look({"pixels": jnp.asarray(pixels)[None]})
     image = np.where(ids == 49, 0, -1)
     slot = np.maximum(np.arange(9) - 2, 0)[None]
     x = model.embed_tokens(jnp.asarray(ids), jnp.asarray(image), jnp.asarray(slot), visual)

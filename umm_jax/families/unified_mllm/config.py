@@ -10,21 +10,24 @@ from umm_jax.errors import ConfigError
 from umm_jax.families.unified_mllm.stream import LayoutConfig
 from umm_jax.models.backbone import BackboneConfig
 from umm_jax.models.mask_decoder import MaskDecoderConfig
+from umm_jax.models.sam_encoder import SamEncoderConfig
 from umm_jax.models.tower import TowerConfig
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """The mask head: a state of the language model asks, the tower's map is looked at.
+    """The mask head: a state of the language model asks, a map is looked at.
 
     Attributes:
         decoder: sizes of the mask decoder.
+        encoder: SAM's image encoder, whose map it looks at, as LISA's does; None is the tower's map.
         level: which of the tower's maps it looks at, 0 the finest.
         state: whose hidden state asks: of the token "predicting" the mark, as in LISA, or of the "token".
         most: marks of one reply that are answered.
     """
 
     decoder: MaskDecoderConfig = MaskDecoderConfig()
+    encoder: SamEncoderConfig | None = None
     level: int = 0
     state: Literal["predicting", "token"] = "predicting"
     most: int = 8
@@ -70,6 +73,16 @@ class ModelConfig:
                 raise ConfigError(f"layout.{name} is {value}, but the tower has {other}; they must be equal")
         if self.masks is not None and not 0 <= self.masks.level < len(tower.sides):
             raise ConfigError(f"masks.level {self.masks.level}: the tower has {len(tower.sides)} maps")
+        encoder = self.masks and self.masks.encoder
+        if layout.large_size != (encoder.image_size if encoder else 0):
+            raise ConfigError(
+                f"layout.large_size is {layout.large_size}, but masks.encoder sees "
+                f"{encoder.image_size if encoder else 'nothing, there is none: 0'}"
+            )
+        if encoder and encoder.out != self.masks.decoder.width:
+            raise ConfigError(
+                f"masks.encoder.out {encoder.out} must be decoder.width {self.masks.decoder.width}"
+            )
         if not 0 <= self.balance_delta <= 1:
             raise ConfigError(f"balance_delta is a share from 0 to 1, it is {self.balance_delta}")
 

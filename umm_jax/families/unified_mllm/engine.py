@@ -115,13 +115,13 @@ class Engine:
         )
         return memory, Written(*map(np.asarray, found))
 
-    def masks(self, memory: Memory, rows: np.ndarray, columns: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    def masks(self, memory: Memory, rows: np.ndarray, columns: np.ndarray, images: dict) -> np.ndarray:
         """Logits of masks, float32 [M, s, s].
 
         Args:
-            rows, columns: [M], of the marks that ask. pixels: of the image each is about, uint8 [M, h, w, 3].
+            rows, columns: [M], of the marks that ask. images: features [M, ...] of what each is about.
         """
-        return np.asarray(self._see(self.params, memory.hidden, rows, columns, pixels))
+        return np.asarray(self._see(self.params, memory.hidden, rows, columns, images))
 
     # --- compiled -----------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class Engine:
     def _read_tokens(self, params, memory: Memory, batch) -> Memory:
         model, visual = self.model(params), None
         if batch["pixels"].shape[1]:
-            visual, _ = model.look(batch["pixels"])
+            visual, _ = model.look({"pixels": batch["pixels"]}, masks=False)
         x = model.embed_tokens(batch["ids"], batch["image"], batch["slot"], visual)
         return self._extend(model, memory, x, batch["length"])
 
@@ -202,9 +202,9 @@ class Engine:
         )
         return memory, ids, written, stop
 
-    def _see_masks(self, params, hidden, rows, columns, pixels):
+    def _see_masks(self, params, hidden, rows, columns, images):
         model = self.model(params)
-        _, features = model.look(pixels[:, None])
+        _, features = model.look({name: a[:, None] for name, a in images.items()})
         back = int(self.config.masks.state == "predicting")
         asking = hidden[rows, jnp.maximum(columns - back, 0)]
         return model.masks(asking, features[:, 0], self.config.layout.mask_size)

@@ -18,7 +18,7 @@ from umm_jax.errors import ConfigError
 from umm_jax.families.contract import Reply
 from umm_jax.families.unified_mllm.config import ModelConfig
 from umm_jax.families.unified_mllm.engine import Engine, Sampling
-from umm_jax.families.unified_mllm.stream import Serializer, square, unsquare
+from umm_jax.families.unified_mllm.stream import Serializer, square
 from umm_jax.markup import grammar, records
 from umm_jax.markup.plan import Step, plan
 from umm_jax.markup.tasks import TASKS
@@ -215,20 +215,18 @@ class Replier:
                     todo.append((b, number, row.columns[k], ref))
         if not todo:
             return
-        side = self.serializer.layout.image_size
         width = _up(len(todo), self.round_images)
-        shown = [square(rows[b].images[ref].picture(), side) for b, _, _, ref in todo]
         padded = [*todo, *[todo[0]] * (width - len(todo))]
+        shown = [self.serializer.picture(rows[b].images[ref].picture()) for b, _, _, ref in padded]
         logits = self.engine.masks(
             memory,
             np.array([b for b, *_ in padded], np.int32),
             np.array([column for _, _, column, _ in padded], np.int32),
-            np.stack([*shown, *[shown[0]] * (width - len(todo))]),
+            {name: np.stack([one[name] for one in shown]) for name in shown[0]},
         )
         for (b, number, _, ref), one in zip(todo, logits):
             data = rows[b].images[ref]
-            mask = unsquare(one, data.height, data.width) > 0
-            rows[b].masks[number] = Mask.from_array(ref, mask)
+            rows[b].masks[number] = Mask.from_array(ref, self.serializer.found(one, data.height, data.width))
 
     def _steps(self, row: _Row) -> list[tuple[Step, str | None]]:
         """The calls of the reply so far, and the name of the picture each works on, where it is there."""

@@ -9,6 +9,7 @@ Letters: B rows, T tokens, I images and K masks of a row, n slots of an image, D
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from umm_jax.families.unified_mllm.config import ModelConfig
@@ -18,6 +19,7 @@ from umm_jax.models.lora_moe import balance_loss
 from umm_jax.models.losses import cross_entropy, next_token_targets
 from umm_jax.models.mask_decoder import MaskDecoder, PromptEncoder
 from umm_jax.models.mask_loss import mask_losses
+from umm_jax.models.sam_encoder import SamEncoder
 from umm_jax.models.tower import make_tower
 from umm_jax.sharding import constrain
 
@@ -45,25 +47,54 @@ class Adapter(nnx.Module):
         return x
 
 
+# Of the pixels SAM was trained on, by colour.
+SAM_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+SAM_STD = np.array([58.395, 57.12, 57.375], np.float32)
+
+
+class Neck(nnx.Module):
+    """As after SAM's encoder: to the decoder's width, and a look at the neighbours."""
+
+    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs):
+        self.neck_in = L.Conv(d_in, width, 1, bias=False, rngs=rngs)
+        self.neck_in_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
+        self.neck_out = L.Conv(width, width, 3, bias=False, rngs=rngs)
+        self.neck_out_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
+
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        """[N, h, w, C] -> [N, h, w, D']."""
+        return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(maps))))
+
+
 class MaskHead(nnx.Module):
-    """From hidden states that ask to masks (LISA, arXiv 2308.00692, with the tower's own map)."""
+    """From hidden states that ask to masks (LISA, arXiv 2308.00692)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, c = config.backbone.width, config.masks.decoder
+        d, c, own = config.backbone.width, config.masks.decoder, config.masks.encoder
         self.query_in = L.Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         self.query_out = L.Linear(d, c.width, axes=("mlp", "embed"), rngs=rngs)
-        # SAM's neck: to the decoder's width, and a look at the neighbours.
-        self.neck_in = L.Conv(config.map_width, c.width, 1, bias=False, rngs=rngs)
-        self.neck_in_norm = L.LayerNorm(c.width, eps=1e-6, axis=None, rngs=rngs)
-        self.neck_out = L.Conv(c.width, c.width, 3, bias=False, rngs=rngs)
-        self.neck_out_norm = L.LayerNorm(c.width, eps=1e-6, axis=None, rngs=rngs)
+        self.encoder = None if own is None else SamEncoder(own, rngs=rngs)
+        self.neck = Neck(config.map_width, c.width, rngs=rngs) if own is None else None
         self.prompts = PromptEncoder(c.width, rngs=rngs)
         self.decoder = MaskDecoder(c, rngs=rngs)
 
-    def features(self, maps: jax.Array) -> jax.Array:
-        """The tower's maps [N, h, w, C] as the decoder looks at them, [N, h, w, D']."""
-        x = self.neck_in_norm(self.neck_in(maps))
-        x = self.neck_out_norm(self.neck_out(x))
+    def features(
+        self, maps: jax.Array | None, large: jax.Array | None, extent: jax.Array | None
+    ) -> jax.Array:
+        """What the decoder looks at, [N, h, w, D'].
+
+        Args:
+            maps: of the tower [N, h, w, C]. Where there is an encoder, its pictures `large` [N, S, S, 3] and
+                how much of each there is, `extent` [N, 2], in their place.
+        """
+        if self.encoder is None:
+            x = self.neck(maps)
+        else:
+            steps = jnp.arange(large.shape[1])
+            there = (steps < extent[:, :1])[:, :, None] & (steps < extent[:, 1:])[:, None]
+            # Beyond the picture zeros of normalised pixels, as SAM was trained.
+            x = (large.astype(jnp.float32) - SAM_MEAN) / SAM_STD * there[..., None]
+            x = self.encoder(x.astype(self.prompts.no_mask[...].dtype))
         return x + self.prompts.no_mask[...].astype(x.dtype)
 
     def __call__(self, hidden: jax.Array, features: jax.Array, size: int) -> jax.Array:
@@ -99,15 +130,21 @@ class UnifiedMLLM(nnx.Module):
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def look(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """Images uint8 [B, I, h, w, 3] -> tokens [B, I, n, D], and maps for masks [B, I, h', w', D']."""
-        b, i = pixels.shape[:2]
-        x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
+    def look(self, images: dict[str, jax.Array], key: jax.Array | None = None, masks: bool = True):
+        """Images -> tokens [B, I, n, D], and with `masks` what the mask head looks at, [B, I, h', w', D'].
+
+        Args:
+            images: "pixels" uint8 [B, I, h, w, 3]; "large", "extent" where the mask head has an encoder.
+        """
+        b, i = images["pixels"].shape[:2]
+        flat = {name: a.reshape(b * i, *a.shape[2:]) for name, a in images.items()}
+        x = constrain(flat["pixels"], "batch", None, None, None)
         seen = self.tower(x.astype(self.dtype) / 255, key=key)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
         features = None
-        if self.masks is not None:
-            features = unfold(self.masks.features(seen.maps[self.config.masks.level]))
+        if masks and self.masks is not None:
+            maps = seen.maps[self.config.masks.level]
+            features = unfold(self.masks.features(maps, flat.get("large"), flat.get("extent")))
         return unfold(self.adapter(seen.tokens)), features
 
     def embed_tokens(self, ids, image=None, slot=None, visual=None) -> jax.Array:
@@ -137,7 +174,7 @@ class UnifiedMLLM(nnx.Module):
         """Numerators of the losses, and metrics as (sum, weight) pairs."""
         look_key, expert_key = jax.random.split(key)
         tokens = batch["tokens"]
-        visual, features = self.look(batch["images"]["pixels"], look_key)
+        visual, features = self.look(batch["images"], look_key)
         x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
         run = self.backbone.run(
             constrain(x, "batch", None, None), tokens["positions"], self.sight(batch), key=expert_key

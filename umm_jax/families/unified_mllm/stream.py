@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from umm_jax.config import from_dict
-from umm_jax.conversation import Conversation, Image, Mask, Part, Turn
+from umm_jax.conversation import Conversation, Image, Mask, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.markup import automaton, dialects, grammar, records
 from umm_jax.stream import Feature, Stream, StreamSpec, beyond
@@ -36,7 +36,9 @@ class LayoutConfig:
     Attributes:
         image_size: side in pixels of what the tower sees: pictures are padded to a square, then resized.
         image_tokens: slots of an image.
-        mask_size: side in pixels of a mask's target, padded as its picture is.
+        mask_size: side in pixels of a mask's target, padded as the picture it is found in.
+        large_size: side of the picture that the mask head's own encoder sees, where it has one: the longer
+            side is brought to this, the picture lies in the top left corner; 0 is without.
         start, patch, end: pieces around and in an image's block.
         prefixes: what opens a turn of each role: a piece, or plain text. turn_end: the piece, or the text of
             one token, that closes it.
@@ -46,6 +48,7 @@ class LayoutConfig:
     image_size: int = 336
     image_tokens: int = 576
     mask_size: int = 256
+    large_size: int = 0
     start: str = "<im_start>"
     patch: str = "<im_patch>"
     end: str = "<im_end>"
@@ -108,7 +111,7 @@ class Serializer:
                 "slot": Feature(),
                 "tasks": Feature(),
             },
-            images={"pixels": Feature((side, side, 3), "uint8")},
+            images={"pixels": Feature((side, side, 3), "uint8"), **self._large()},
             more={
                 "masks": {
                     "at": Feature(refers="tokens"),
@@ -117,6 +120,28 @@ class Serializer:
                 }
             },
         )
+
+    def _large(self) -> dict[str, Feature]:
+        side = self.layout.large_size
+        return {"large": Feature((side, side, 3), "uint8"), "extent": Feature((2,))} if side else {}
+
+    def picture(self, picture: Pillow.Image) -> dict[str, np.ndarray]:
+        """A picture as each feature of the axis of images has it."""
+        found = {"pixels": square(picture, self.layout.image_size)}
+        if side := self.layout.large_size:
+            large, extent = cornered(picture, side)
+            found |= {"large": large, "extent": np.array(extent, np.int32)}
+        return found
+
+    def target(self, mask: np.ndarray) -> np.ndarray:
+        """A mask bool [h, w] where the mask head has it, uint8 [s, s]."""
+        size = self.layout.mask_size
+        return cornered(mask, size)[0] if self.layout.large_size else square(mask, size)
+
+    def found(self, logits: np.ndarray, height: int, width: int) -> np.ndarray:
+        """The mask head's logits [s, s] as a mask of the picture, bool [height, width]."""
+        back = uncornered if self.layout.large_size else unsquare
+        return back(logits, height, width) > 0
 
     def _pieces(self, text: str) -> list[int]:
         return [self.tokenizer.id(text)] if _is_piece(text) else self.tokenizer.encode(text) if text else []
@@ -205,7 +230,7 @@ class _Line:
     def __init__(self, serializer: Serializer, conversation: Conversation):
         self.of, self.conversation = serializer, conversation
         self.ids, self.weight, self.image, self.slot = [], [], [], []
-        self.pictures: list[np.ndarray] = []
+        self.pictures: list[dict[str, np.ndarray]] = []
         self.shown: dict[str, int] = {}  # the last showing of each picture
         self.masks: list[tuple[int, int, np.ndarray]] = []
         self.tasks = False
@@ -247,8 +272,7 @@ class _Line:
         for column, mask in zip(at, masks, strict=True):
             if mask.of not in self.shown:
                 raise DataError(f"a mask of picture {mask.of!r}, which has not been shown")
-            target = square(mask.array(), of.layout.mask_size)
-            self.masks.append((column, self.shown[mask.of], target))
+            self.masks.append((column, self.shown[mask.of], of.target(mask.array())))
 
     def show(self, part: Image) -> None:
         start, patch, end = self.of.block
@@ -257,7 +281,7 @@ class _Line:
         number = self.shown[part.ref] = len(self.pictures)
         self._add([patch] * layout.image_tokens, 0.0, number, range(layout.image_tokens))
         self.put([end], False)
-        self.pictures.append(square(self.conversation.images[part.ref].picture(), layout.image_size))
+        self.pictures.append(self.of.picture(self.conversation.images[part.ref].picture()))
 
     def _add(self, ids: Sequence[int], weight: float, image: int, slots: Sequence[int]) -> None:
         self.ids.extend(ids)
@@ -266,7 +290,11 @@ class _Line:
         self.slot.extend(slots)
 
     def stream(self) -> Stream:
-        side, mask = self.of.layout.image_size, self.of.layout.mask_size
+        mask = self.of.layout.mask_size
+        images = {
+            name: np.array([p[name] for p in self.pictures], feature.dtype).reshape(-1, *feature.shape)
+            for name, feature in self.of.spec.images.items()
+        }
         at, image, target = zip(*self.masks) if self.masks else ((), (), ())
         return {
             "tokens": {
@@ -276,7 +304,7 @@ class _Line:
                 "slot": np.array(self.slot, np.int32),
                 "tasks": np.full(len(self.ids), self.tasks, np.int32),
             },
-            "images": {"pixels": np.array(self.pictures, np.uint8).reshape(-1, side, side, 3)},
+            "images": images,
             "masks": {
                 "at": np.array(at, np.int32),
                 "image": np.array(image, np.int32),
@@ -312,6 +340,27 @@ def unsquare(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(whole)[top : top + height, left : left + width]
 
 
-def last_image(parts: Sequence[Part]) -> str | None:
-    """The reference of the last picture among `parts`."""
-    return next((part.ref for part in reversed(parts) if isinstance(part, Image)), None)
+def cornered(pixels: np.ndarray | Pillow.Image, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture brought to `side` along its longer side, in the top left corner of a square, as SAM has it.
+
+    Returns:
+        uint8 [side, side, 3], of a mask bool [h, w] uint8 [side, side]; and its height and width there.
+    """
+    mask = isinstance(pixels, np.ndarray) and pixels.ndim == 2
+    picture = pixels if isinstance(pixels, Pillow.Image) else Pillow.fromarray(pixels.astype(np.uint8))
+    scale = side / max(picture.size)
+    width, height = (max(1, int(v * scale + 0.5)) for v in picture.size)
+    if picture.size != (width, height):
+        how = Pillow.Resampling.NEAREST if mask else Pillow.Resampling.BILINEAR
+        picture = picture.resize((width, height), how)
+    found = np.zeros((side, side) if mask else (side, side, 3), np.uint8)
+    found[:height, :width] = np.asarray(picture)
+    return found, (height, width)
+
+
+def uncornered(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The inverse of :func:`cornered` for logits, float [s, s] -> [height, width]."""
+    scale = mask.shape[0] / max(height, width)
+    rows, columns = (max(1, int(v * scale + 0.5)) for v in (height, width))
+    cut = Pillow.fromarray(mask[:rows, :columns].astype(np.float32))
+    return np.asarray(cut.resize((width, height), Pillow.Resampling.BILINEAR))

@@ -4,8 +4,8 @@ UnifiedMLLM's authors released nothing, so there is nothing of theirs to convert
 public code of its ancestors: LLaVA's for the language model, projector and tower, LISA's for the mask head,
 LoRAMoE's for the experts. GroundingGPT calls the projector ``mm_vision_projector``.
 
-A LISA checkpoint's mask decoder looks at the map of SAM's own image encoder, which is not here: its decoder
-and projections are read, the encoder's tensors are left out, and the neck is to be trained anew.
+A LISA checkpoint's mask decoder looks at the map of SAM's own image encoder (``masks.encoder``). A mask head
+that looks at the tower's map has a neck alone, under the names of that encoder's.
 """
 
 import math
@@ -16,6 +16,7 @@ from umm_jax.errors import CheckpointError, ConfigError
 from umm_jax.families.unified_mllm.config import MaskConfig, ModelConfig
 from umm_jax.families.unified_mllm.stream import LayoutConfig
 from umm_jax.models.backbone import BackboneConfig
+from umm_jax.models.sam_encoder import SamEncoderConfig
 from umm_jax.models.tower import TowerConfig
 from umm_jax.models.vision import ClipConfig, ClipTowerConfig
 from umm_jax.weights import hub, stock
@@ -86,13 +87,46 @@ def config_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         ) from None
     clip = _clip_of(found, shapes)
     hidden = (backbone.width,) if any(name.endswith("_projector.2.weight") for name in shapes) else ()
+    masks = _masks_of(shapes)
+    large = masks.encoder.image_size if masks and masks.encoder else 0
+    layout = LayoutConfig(
+        image_size=clip.image_size,
+        image_tokens=clip.grid**2,
+        large_size=large,
+        dialect="lisa" if masks else "umm1",
+    )
     return ModelConfig(
-        layout=LayoutConfig(image_size=clip.image_size, image_tokens=clip.grid**2),
+        layout=layout,
         backbone=backbone,
         tower=TowerConfig(kind="clip", clip=ClipTowerConfig(clip, found.get("mm_vision_select_layer", -2))),
         adapter=hidden,
-        masks=MaskConfig() if f"{SAM}mask_decoder.iou_token.weight" in shapes else None,
+        masks=masks,
     )
+
+
+def _masks_of(shapes: Mapping[str, tuple[int, ...]]) -> MaskConfig | None:
+    """A LISA's mask head, its encoder by its tensors; None where there is none."""
+    if f"{SAM}mask_decoder.iou_token.weight" not in shapes:
+        return None
+    places = shapes.get(f"{SAM}image_encoder.pos_embed")
+    if places is None:
+        return MaskConfig()
+    _, grid, _, width = places
+    blocks = f"{SAM}image_encoder.blocks."
+    layers = 1 + max(int(n.removeprefix(blocks).split(".")[0]) for n in shapes if n.startswith(blocks))
+    reach = [shapes[f"{blocks}{i}.attn.rel_pos_h"] for i in range(layers)]
+    patch = shapes[f"{SAM}image_encoder.patch_embed.proj.weight"][-1]
+    encoder = SamEncoderConfig(
+        image_size=grid * patch,
+        patch=patch,
+        width=width,
+        layers=layers,
+        heads=width // reach[0][1],
+        mlp=shapes[f"{blocks}0.mlp.lin1.weight"][0],
+        groups=sum(r[0] == 2 * grid - 1 for r in reach),
+        window=(reach[0][0] + 1) // 2,
+    )
+    return MaskConfig(encoder=encoder)
 
 
 def _clip_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ClipConfig:
@@ -106,6 +140,9 @@ def _clip_of(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     layers = 1 + max(
         int(n.split(".layers.")[1].split(".")[0]) for n in shapes if n.startswith(f"{TOWER}encoder")
     )
+    if f"{TOWER}post_layernorm.weight" not in shapes:
+        # Written by us: without the layers that nobody reads.
+        layers -= 1 + found.get("mm_vision_select_layer", -2)
     width = places[1]
     mlp = shapes[f"{TOWER}encoder.layers.0.mlp.fc1.weight"][0]
     return ClipConfig(grid * patch, patch, width, layers, max(1, width // 64), mlp)
@@ -162,7 +199,10 @@ def _rules(c: ModelConfig) -> Iterator[Rule]:
     if c.masks is not None:
         yield from stock.weight("model.text_hidden_fcs.0.0", "masks/query_in")
         yield from stock.weight("model.text_hidden_fcs.0.2", "masks/query_out")
-        yield from stock.sam_neck(f"{SAM}image_encoder.neck.", "masks/")
+        if c.masks.encoder is None:
+            yield from stock.sam_neck(f"{SAM}image_encoder.neck.", "masks/neck/")
+        else:
+            yield from stock.sam_encoder(f"{SAM}image_encoder.", "masks/encoder/", c.masks.encoder)
         yield from stock.sam_prompts(f"{SAM}prompt_encoder.", "masks/prompts/")
         yield from stock.sam_decoder(f"{SAM}mask_decoder.", "masks/decoder/", c.masks.decoder)
 
