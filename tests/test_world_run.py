@@ -36,7 +36,10 @@ class World(NamedTuple):
         ]
 
 
-@pytest.fixture(scope="module", params=["world_tiny", "world_chatumm"])
+STAGE_3 = pytest.param("world_unified_3", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["world_tiny", "world_chatumm", STAGE_3])
 def world(request, tmp_path_factory):
     config, folder = ROOT / "configs" / f"{request.param}.py", tmp_path_factory.mktemp("world")
     base = [f"--config={config}"]
