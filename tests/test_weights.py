@@ -82,7 +82,12 @@ def test_rows_may_share_a_parameter_by_ranges():
 @pytest.mark.parametrize(
     "how, shape",
     [("same", (3, 4)), ("linear", (3, 4)), ("linear_1x1", (3, 4, 1, 1)), ("conv", (3, 4, 2, 5))]
-    + [("unfold_2x2", (3, 4, 2, 2)), ("first", (1, 3, 4)), ("vector", (1, 1, 1, 5))],
+    + [
+        ("unfold_2x2", (3, 4, 2, 2)),
+        ("transposed", (3, 4, 2, 2)),
+        ("first", (1, 3, 4)),
+        ("vector", (1, 1, 1, 5)),
+    ],
 )
 def test_turns_are_inverses(how, shape):
     a = np.random.default_rng(0).normal(size=shape).astype(np.float16)
@@ -93,7 +98,16 @@ def test_turns_are_inverses(how, shape):
 
 
 def test_every_turn_is_tried_above():
-    assert set(TURNS) == {"same", "linear", "linear_1x1", "conv", "unfold_2x2", "first", "vector"}
+    assert set(TURNS) == {
+        "same",
+        "linear",
+        "linear_1x1",
+        "conv",
+        "unfold_2x2",
+        "transposed",
+        "first",
+        "vector",
+    }
 
 
 def test_old_names_of_the_autoencoder_are_understood(release):

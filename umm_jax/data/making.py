@@ -293,7 +293,10 @@ def _parallel(make: Make, jobs: dict[int, tuple], workers: int, total: Total) ->
                 process.terminate()
             process.join()
         for path, *_ in jobs.values():
-            Path(path + ".part").unlink(missing_ok=True)
+            # A worker may have been stopped while it wrote the shard, or the tally beside it.
+            shard = Path(path)
+            for part in shard.parent.glob(f"{shard.name.partition('.')[0]}.*.part"):
+                part.unlink(missing_ok=True)
     return done
 
 
