@@ -118,6 +118,20 @@ def _joined(x: jax.Array, window: int, grid: int, b: int) -> jax.Array:
     return x.reshape(b, count * window, count * window, -1)[:, :grid, :grid]
 
 
+class Neck(nnx.Module):
+    """After SAM's encoder: to the decoder's width, and a look at the neighbours."""
+
+    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs):
+        self.neck_in = L.Conv(d_in, width, 1, bias=False, rngs=rngs)
+        self.neck_in_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
+        self.neck_out = L.Conv(width, width, 3, bias=False, rngs=rngs)
+        self.neck_out_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
+
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        """[N, h, w, C] -> [N, h, w, D']."""
+        return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(maps))))
+
+
 class SamEncoder(nnx.Module):
     """Normalised pixels, zero where there is no picture, to the map the mask decoder looks at."""
 
@@ -129,10 +143,7 @@ class SamEncoder(nnx.Module):
         make = lambda r: SamLayer(c, c.window, rngs=r)  # noqa: E731
         self.windowed = L.stack(make, c.groups * within, rngs) if within else None
         self.whole = L.stack(lambda r: SamLayer(c, None, rngs=r), c.groups, rngs)
-        self.neck_in = L.Conv(c.width, c.out, 1, bias=False, rngs=rngs)
-        self.neck_in_norm = L.LayerNorm(c.out, eps=1e-6, axis=None, rngs=rngs)
-        self.neck_out = L.Conv(c.out, c.out, 3, bias=False, rngs=rngs)
-        self.neck_out_norm = L.LayerNorm(c.out, eps=1e-6, axis=None, rngs=rngs)
+        self.neck = Neck(c.width, c.out, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """[B, S, S, 3] -> [B, g, g, C]."""
@@ -148,5 +159,4 @@ class SamEncoder(nnx.Module):
                 x, _ = L.scan(nnx.merge(graphdef, own), run, x, remat=c.remat)
             own = jax.tree.map(lambda a, g=g: a[g : g + 1], states)
             x, _ = L.scan(nnx.merge(whole, own), run, x, remat=c.remat)
-        x = self.neck_in_norm(self.neck_in(x))
-        return self.neck_out_norm(self.neck_out(x))
+        return self.neck(x)

@@ -125,7 +125,7 @@ def sam_encoder(theirs: str, ours: str, config: Any) -> Rules:
         yield from norm(f"{layer}.norm2", f"{to}/mlp_norm", index=at)
         yield from weight(f"{layer}.mlp.lin1", f"{to}/up", index=at)
         yield from weight(f"{layer}.mlp.lin2", f"{to}/down", index=at)
-    yield from sam_neck(f"{theirs}neck.", ours)
+    yield from sam_neck(f"{theirs}neck.", f"{ours}neck/")
 
 
 def sam_neck(theirs: str, ours: str) -> Rules:

@@ -19,7 +19,7 @@ from umm_jax.models.lora_moe import balance_loss
 from umm_jax.models.losses import cross_entropy, next_token_targets
 from umm_jax.models.mask_decoder import MaskDecoder, PromptEncoder
 from umm_jax.models.mask_loss import mask_losses
-from umm_jax.models.sam_encoder import SamEncoder
+from umm_jax.models.sam_encoder import Neck, SamEncoder
 from umm_jax.models.tower import make_tower
 from umm_jax.sharding import constrain
 
@@ -50,20 +50,6 @@ class Adapter(nnx.Module):
 # Of the pixels SAM was trained on, by colour.
 SAM_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 SAM_STD = np.array([58.395, 57.12, 57.375], np.float32)
-
-
-class Neck(nnx.Module):
-    """As after SAM's encoder: to the decoder's width, and a look at the neighbours."""
-
-    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs):
-        self.neck_in = L.Conv(d_in, width, 1, bias=False, rngs=rngs)
-        self.neck_in_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
-        self.neck_out = L.Conv(width, width, 3, bias=False, rngs=rngs)
-        self.neck_out_norm = L.LayerNorm(width, eps=1e-6, axis=None, rngs=rngs)
-
-    def __call__(self, maps: jax.Array) -> jax.Array:
-        """[N, h, w, C] -> [N, h, w, D']."""
-        return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(maps))))
 
 
 class MaskHead(nnx.Module):
