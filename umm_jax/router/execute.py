@@ -77,7 +77,8 @@ class Executor:
 
     Attributes:
         chosen: task -> names of experts to ask first.
-        strict: the first error ends it; what is left is skipped.
+        strict: an error ends it with the wave it came in: what ran beside it is finished, so that the outcome
+            does not hang on which was faster, and what would follow is skipped.
     """
 
     registry: Registry
@@ -103,8 +104,9 @@ class Executor:
         end = time.monotonic() + self.limits.total
         for wave in waves(steps):
             threads = []
+            stopped = self.strict and any(d.status == "error" for d in done.values())
             for k in wave:
-                if self.strict and any(d.status == "error" for d in done.values()):
+                if stopped:
                     done[k] = Done("skipped", note="an earlier step failed")
                     continue
                 given, early = self._given(steps[k], media, done)
