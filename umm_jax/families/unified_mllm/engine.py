@@ -30,7 +30,7 @@ class Memory(NamedTuple):
     Attributes:
         cache: keys and values; hidden: final hidden states [B, S, D].
         length: tokens read [B]. last: hidden state of the last of them [B, D].
-        held: where in the grammar each row's reply is.
+        held: where in the grammar each row's reply is. said: bool [B, V], what it has written of it.
     """
 
     cache: Cache
@@ -38,10 +38,11 @@ class Memory(NamedTuple):
     length: jax.Array
     last: jax.Array
     held: Held
+    said: jax.Array
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen: scalars; see ``config.ReplySettings``."""
+    """How a token is chosen: scalars, see ``config.ReplySettings``; `least` [B] tokens come before the end."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -134,6 +135,7 @@ class Engine:
             length=zeros,
             last=jnp.zeros((rows, width), model.dtype),
             held=Held(zeros, zeros),
+            said=jnp.zeros((rows, self.config.vocab), bool),
         )
 
     def _read_tokens(self, params, memory: Memory, batch) -> Memory:
@@ -162,10 +164,10 @@ class Engine:
         row, end = jnp.arange(rows), stops[0]
 
         def step(carry):
-            memory, ids, written, stop, running, seen, i = carry
-            logits = penalize(model.head(memory.last), seen, sampling.penalty)
+            memory, ids, written, stop, running, i = carry
+            logits = penalize(model.head(memory.last), memory.said, sampling.penalty)
             logits = jnp.where(self.never, -jnp.inf, logits)
-            logits = logits.at[:, end].add(jnp.where(i < sampling.least, -jnp.inf, 0.0))
+            logits = logits.at[:, end].add(jnp.where(written < sampling.least, -jnp.inf, 0.0))
             if self.constraint is not None:
                 allowed = self.constraint.allowed(memory.held, jnp.asarray(budget) - written)
                 # Where `least` tokens are asked for and nothing else may come, the end may.
@@ -175,7 +177,7 @@ class Engine:
             step_keys = jax.vmap(jax.random.fold_in)(keys, memory.length)
             token = choose_token(logits, step_keys, sampling.temperature, sampling.top_p)
             ids = ids.at[:, i].set(jnp.where(running, token, 0))
-            seen = seen.at[row, token].set(True)
+            memory = memory._replace(said=memory.said.at[row, token].max(running))
             written = written + running
             for number, stop_id in enumerate(stops, 1):
                 stop = jnp.where(running & (token == stop_id), number, stop)
@@ -186,7 +188,7 @@ class Engine:
                 memory = memory._replace(held=held)
             memory = self._extend(model, memory, model.embed_tokens(token[:, None]), read.astype(jnp.int32))
             running = running & (stop == LIMIT) & (written < budget)
-            return memory, ids, written, stop, running, seen, i + 1
+            return memory, ids, written, stop, running, i + 1
 
         start = (
             memory,
@@ -194,11 +196,10 @@ class Engine:
             jnp.zeros(rows, jnp.int32),
             jnp.full(rows, LIMIT),
             jnp.asarray(active) & (jnp.asarray(budget) > 0),
-            jnp.zeros((rows, self.config.vocab), bool),
             0,
         )
         memory, ids, written, stop, *_ = jax.lax.while_loop(
-            lambda c: jnp.any(c[4]) & (c[6] < limit), step, start
+            lambda c: jnp.any(c[4]) & (c[5] < limit), step, start
         )
         return memory, ids, written, stop
 
