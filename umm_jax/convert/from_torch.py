@@ -52,7 +52,7 @@ def from_torch(
     Args:
         config: a run config whose model they are; else ``config.json`` beside them says, else they are
             taken for the family's release.
-        family: whose names the tensors have, where no config says.
+        family: whose names the tensors have, where no ``config.json`` says.
         allow_pickle, checksums: see ``source.open_source``.
         tokenizer: its file; else ``tokenizer.model`` beside the weights, or ``tokenizer.json`` where the
             family adds nothing to a vocabulary, if there is one.
@@ -142,7 +142,7 @@ def _describe(
             found = {key: layouts.read_json(folder / file) for key, file in described.configs.items()}
             which = ", ".join(described.configs.values())
         if own is None:
-            family = family or FAMILY
+            family = family or _family_of(found, source) or FAMILY
             weights = families.get(family).weights
             model = None if found is None else weights.config_of(found, source.shapes)
             if model is None:
@@ -150,6 +150,15 @@ def _describe(
             own = family, model
         layout, run = Layout(*own), configs.RunConfig(family=own[0], model={})
     return dataclasses.replace(run, model=configs.to_dict(layout.model)), layout, which
+
+
+def _family_of(found: dict[str, Any] | None, source: Source) -> str | None:
+    """The family of whose reference a ``config.json`` is, if it is of any."""
+    if found is None:
+        return None
+    return next(
+        (n for n in families.names() if families.get(n).weights.config_of(found, source.shapes)), None
+    )
 
 
 def _check_constants(layout: Layout, source: Source, names: dict[str, str]) -> None:
@@ -195,7 +204,31 @@ def read_tokenizer(folder: Path, given: str | Path | None, model: Any) -> Tokeni
     """The run's tokenizer, with the pieces for images that a language model's own lacks."""
     own = ("tokenizer.model",) if hasattr(model.layout, "soi_id") else ("tokenizer.json", "tokenizer.model")
     path = Path(given) if given else next((folder / n for n in own if (folder / n).is_file()), None)
-    return None if path is None else with_image_pieces(Tokenizer.load(path), model, path)
+    if path is None:
+        return None
+    tokenizer = Tokenizer.load(path)
+    if path.suffix == ".model" and not hasattr(model.layout, "soi_id"):
+        tokenizer = with_added_pieces(tokenizer, path)
+    if tokenizer.size > model.vocab:
+        raise ConfigError(f"{path}: {tokenizer.size} pieces are more than the model's {model.vocab} ids")
+    return with_image_pieces(tokenizer, model, path)
+
+
+def with_added_pieces(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """`tokenizer`, with the control pieces that ``added_tokens.json`` beside its file says follow.
+
+    Raises:
+        ConfigError: they do not follow its last id, one after the other.
+    """
+    beside, size = path.with_name("added_tokens.json"), tokenizer.size
+    found = layouts.read_json(beside) or {}
+    added = {n: piece for piece, n in found.items() if n >= size}
+    if sorted(added) != list(range(size, size + len(added))):
+        raise ConfigError(
+            f"{beside}: its ids {', '.join(map(str, sorted(added)))} do not follow the {size} pieces of "
+            f"{path.name}, one by one; give the tokenizer the model was trained with"
+        )
+    return tokenizer.extended([added[n] for n in sorted(added)]) if added else tokenizer
 
 
 def with_image_pieces(tokenizer: Tokenizer, model: Any, path: Path) -> Tokenizer:
