@@ -32,6 +32,7 @@ ROOMS = {
     "data": BASE | {"markup"},
     "train": BASE | {"sharding", "compiler", "models", "families", "world", "data"},
     "generate": BASE | {"sharding", "models", "families", "data", "train"},
+    "plan": BASE | {"sharding", "compiler", "models", "families", "data", "train", "generate"},
     "router": BASE | {"sharding", "models", "families", "markup", "data", "train", "generate"},
     "evaluate": BASE
     | {"sharding", "models", "families", "markup", "world", "data", "train", "generate", "router"},
