@@ -4,7 +4,7 @@ These are protocols: a family imports nothing from here but :class:`Reply`, and 
 Loads no JAX, so that type hints cost nothing where arrays are not touched.
 
     config.py      ModelConfig                        -> ModelConfig
-    stream.py      Serializer, control_pieces         -> StreamPart, Serializer
+    stream.py      Serializer, spec, control_pieces   -> StreamPart, Serializer
     model.py       build(config, rngs)                -> ModelPart, Model (AutoencoderModel)
     generate.py    Replier                            -> GeneratePart, Replier
     weights.py     table, config_of, stock_part, ...  -> WeightsPart
@@ -80,6 +80,9 @@ class Serializer(Protocol):
 
 class StreamPart(Protocol):
     Serializer: type[Serializer]
+
+    def spec(self, model: Mapping[str, Any] | ModelConfig) -> StreamSpec:
+        """The features of the Streams of a model; what a tokenizer has to say of it is left out."""
 
     def control_pieces(self, model: Mapping[str, Any] | ModelConfig) -> list[str]:
         """The pieces a tokenizer must hold that are never part of a text, in the order of their ids."""

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from umm_jax import compiler, sharding
 from umm_jax.config import RunConfig, suggest
+from umm_jax.data.packing import ADDED
 from umm_jax.errors import ConfigError
 from umm_jax.families.contract import AutoencoderModel
+from umm_jax.stream import StreamSpec
 from umm_jax.train.optimizer import Tree
 from umm_jax.train.state import Plan, TrainState
 
@@ -78,6 +81,21 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
         donate_argnums=0,
         compiler_options=compiler.often(mesh.devices.flat),
     )
+
+
+def abstract_batch(run: RunConfig, spec: StreamSpec, mesh) -> Any:
+    """A batch of `run` as ShapeDtypeStructs that carry their sharding: what :func:`make_step` lowers on."""
+    home = sharding.batch_sharding(mesh)
+
+    def leaf(axis, shape, dtype):
+        whole = (run.data.batch_size, run.data.budget[axis], *shape)
+        return jax.ShapeDtypeStruct(whole, np.dtype(dtype), sharding=home)
+
+    return {
+        axis: {name: leaf(axis, f.shape, f.dtype) for name, f in features.items()}
+        | {name: leaf(axis, (), "int32") for name in ADDED}
+        for axis, features in spec.axes.items()
+    }
 
 
 def _model(plan: Plan, params: Tree, dtype) -> AutoencoderModel:

@@ -131,6 +131,38 @@ def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
     return [*dict.fromkeys(pieces), *box_pieces(c.box_format, c.box_bins)]
 
 
+def spec(model: Mapping[str, Any] | Any) -> StreamSpec:
+    """The features of this family's Streams for a model, or for a layout alone."""
+    c = model if isinstance(model, LayoutConfig) else layout_of(model)
+    place = {"rope": Feature(), "order": Feature(), "split": Feature(), "mode": Feature()}
+    return StreamSpec(
+        tokens={
+            "ids": Feature(),
+            "patch": Feature(pad=-1, refers="patches"),
+            "label": Feature(pad=NO_LABEL),
+            "weight": Feature(dtype="float32", loss=True),
+            "control": Feature(),
+            **place,
+        },
+        images={"pixels": Feature((c.canvas, c.canvas, 3), "uint8"), "size": Feature((2,))},
+        more={
+            "latents": {
+                "image": Feature(pad=-1, refers="images"),
+                "cell": Feature(),
+                "place": Feature(),
+                "time": Feature(pad=-1, refers="images"),
+                "weight": Feature(dtype="float32", loss=True),
+                **place,
+            },
+            "patches": {
+                "pixels": Feature((3 * c.vision.stride**2,), "uint8"),
+                "place": Feature(),
+                "image": Feature(pad=-1, refers="images"),
+            },
+        },
+    )
+
+
 class Serializer:
     """Conversation -> Stream, and reply tokens -> parts.
 
@@ -146,33 +178,7 @@ class Serializer:
         self.tokenizer = tokenizer
         self.special = Special(*map(tokenizer.id, (c.start, c.end, c.vision_start, c.vision_end, c.turn_end)))
         self.boxes = Boxes(tokenizer, c.box_format, c.box_bins)
-        place = {"rope": Feature(), "order": Feature(), "split": Feature(), "mode": Feature()}
-        self.spec = StreamSpec(
-            tokens={
-                "ids": Feature(),
-                "patch": Feature(pad=-1, refers="patches"),
-                "label": Feature(pad=NO_LABEL),
-                "weight": Feature(dtype="float32", loss=True),
-                "control": Feature(),
-                **place,
-            },
-            images={"pixels": Feature((c.canvas, c.canvas, 3), "uint8"), "size": Feature((2,))},
-            more={
-                "latents": {
-                    "image": Feature(pad=-1, refers="images"),
-                    "cell": Feature(),
-                    "place": Feature(),
-                    "time": Feature(pad=-1, refers="images"),
-                    "weight": Feature(dtype="float32", loss=True),
-                    **place,
-                },
-                "patches": {
-                    "pixels": Feature((3 * c.vision.stride**2,), "uint8"),
-                    "place": Feature(),
-                    "image": Feature(pad=-1, refers="images"),
-                },
-            },
-        )
+        self.spec = spec(c)
 
     def smaller(self, share: float) -> "Serializer":
         """One that gives pictures so large a share of their area; tables of positions stay."""

@@ -19,7 +19,7 @@ trained. Everything is learned but what cannot be known, bos and a soi directly 
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,28 @@ def _is_piece(text: str) -> bool:
     return text.startswith("<") and text.endswith(">")
 
 
+def spec(model: Mapping[str, Any] | Any) -> StreamSpec:
+    """The features of this family's Streams for a model, or for a layout alone; no delimiters."""
+    layout = model if isinstance(model, LayoutConfig) else layout_of(model)
+    side = layout.image_size
+    images = {
+        "pixels": Feature((side, side, 3), "uint8"),
+        "soi": Feature(refers="tokens"),
+        "draw": Feature(dtype="float32"),
+    }
+    if layout.target_size != side:
+        images["target"] = Feature((layout.target_size, layout.target_size, 3), "uint8")
+    return StreamSpec(
+        tokens={
+            "ids": Feature(),
+            "weight": Feature(dtype="float32", loss=True),
+            "image": Feature(pad=-1, refers="images"),
+            "slot": Feature(),
+        },
+        images=images,
+    )
+
+
 class Serializer:
     """Conversation -> Stream, and reply tokens -> parts.
 
@@ -117,24 +139,8 @@ class Serializer:
             )
         self.prefix = {role: self._prefix(text) for role, text in layout.prefixes.items()}
         self.boxes = Boxes(tokenizer, layout.box_format, layout.box_bins)
-        side = layout.image_size
-        images = {
-            "pixels": Feature((side, side, 3), "uint8"),
-            "soi": Feature(refers="tokens"),
-            "draw": Feature(dtype="float32"),
-        }
-        if layout.target_size != side:
-            images["target"] = Feature((layout.target_size, layout.target_size, 3), "uint8")
-        self.spec = StreamSpec(
-            tokens={
-                "ids": Feature(),
-                "weight": Feature(dtype="float32", loss=True),
-                "image": Feature(pad=-1, refers="images"),
-                "slot": Feature(),
-            },
-            images=images,
-            delimiters=("ids", self.bos, self.document_end),
-        )
+        delimiters = ("ids", self.bos, self.document_end)
+        self.spec = replace(spec(layout), delimiters=delimiters)
 
     def _prefix(self, text: str) -> list[int]:
         if _is_piece(text):

@@ -84,6 +84,30 @@ def _is_piece(text: str) -> bool:
     return text.startswith("<") and text.endswith(">")
 
 
+def spec(model: Mapping[str, Any] | Any) -> StreamSpec:
+    """The features of this family's Streams for a model, or for a layout alone."""
+    layout = model if isinstance(model, LayoutConfig) else layout_of(model)
+    side, mask, large = layout.image_size, layout.mask_size, layout.large_size
+    second = {"large": Feature((large, large, 3), "uint8"), "extent": Feature((2,))} if large else {}
+    return StreamSpec(
+        tokens={
+            "ids": Feature(),
+            "weight": Feature(dtype="float32", loss=True),
+            "image": Feature(pad=-1, refers="images"),
+            "slot": Feature(),
+            "tasks": Feature(),
+        },
+        images={"pixels": Feature((side, side, 3), "uint8"), **second},
+        more={
+            "masks": {
+                "at": Feature(refers="tokens"),
+                "image": Feature(refers="images"),
+                "target": Feature((mask, mask), "uint8"),
+            }
+        },
+    )
+
+
 class Serializer:
     """Conversation -> Stream, and reply tokens -> an answer.
 
@@ -102,28 +126,7 @@ class Serializer:
         self.ids = {mark: token for token, mark in self.marks.items()}
         self.end = self._one(layout.turn_end)
         self.prefix = {role: self._pieces(text) for role, text in layout.prefixes.items()}
-        side, mask = layout.image_size, layout.mask_size
-        self.spec = StreamSpec(
-            tokens={
-                "ids": Feature(),
-                "weight": Feature(dtype="float32", loss=True),
-                "image": Feature(pad=-1, refers="images"),
-                "slot": Feature(),
-                "tasks": Feature(),
-            },
-            images={"pixels": Feature((side, side, 3), "uint8"), **self._large()},
-            more={
-                "masks": {
-                    "at": Feature(refers="tokens"),
-                    "image": Feature(refers="images"),
-                    "target": Feature((mask, mask), "uint8"),
-                }
-            },
-        )
-
-    def _large(self) -> dict[str, Feature]:
-        side = self.layout.large_size
-        return {"large": Feature((side, side, 3), "uint8"), "extent": Feature((2,))} if side else {}
+        self.spec = spec(layout)
 
     def picture(self, picture: Pillow.Image) -> dict[str, np.ndarray]:
         """A picture as each feature of the axis of images has it."""
