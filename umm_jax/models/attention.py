@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from umm_jax.models import attention_blocks, attention_gathered, attention_gpu, attention_plain, attention_tpu
 from umm_jax.models.attention_plain import cut, joined
+from umm_jax.models.layers import is_plain
 from umm_jax.models.masks import MaskSpec, dense
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
@@ -32,6 +33,9 @@ BLOCK = 2**20
 # Keys from which a CPU passes over what a block of queries may not read, where the mask is given by what is
 # to be known of tokens. With fewer, that costs more than it saves: at 500 keys and 12 rows, 30 % of a step.
 LONG = 1024
+
+# The scope of attention of which half is counted, as is the custom where it is causal.
+HALF = "half"
 
 IMPLEMENTATIONS = ("auto", "blocks", "kernels")
 
@@ -79,11 +83,20 @@ def attend(
     # Heads before tokens: both products are then plain batched matmuls on every backend.
     q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    if b * n * t * s <= KEPT:
+    if is_plain():
+        with jax.named_scope(HALF if _is_stream(mask, t, s) else "whole"):
+            dense_mask = dense(*mask) if isinstance(mask, tuple) else mask
+            out = attention_plain.attended(q, k, v, dense_mask, scale)
+    elif b * n * t * s <= KEPT:
         out = attention_plain.attended(q, k, v, dense(*mask) if isinstance(mask, tuple) else mask, scale)
     else:
         out = _remade(q, k, v, mask, scale, implementation)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
+
+
+def _is_stream(mask, t: int, s: int) -> bool:
+    """Whether a mask lets tokens of one stream read each other, so that about half of the square is read."""
+    return isinstance(mask, tuple) or (mask is not None and mask.shape[1] == t == s and t > 1)
 
 
 def _queries(t: int, per_query: int) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.layers import Conv, GroupNorm, Modules
+from umm_jax.models.layers import Conv, GroupNorm, Modules, part
 from umm_jax.models.unet_blocks import Attention, ResnetBlock, Upsample, repeat_2x2
 
 # Every norm of the autoencoder uses this epsilon, unlike the UNet's residual blocks.
@@ -221,6 +221,7 @@ class KLAutoencoder(nnx.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
+    @part("autoencoder")
     def encode(
         self, pixels: jax.Array, noise: jax.Array | None = None, size: jax.Array | None = None
     ) -> jax.Array:
@@ -231,6 +232,7 @@ class KLAutoencoder(nnx.Module):
         """
         return (self.posterior(pixels, size).sample(noise) - self.config.shift) * self.config.latent_scale
 
+    @part("autoencoder")
     def decode(self, latents: jax.Array, size: jax.Array | None = None) -> jax.Array:
         """Scaled latents [B, h', w', c] -> pixels [B, h, w, 3], about in [-1, 1], not clipped.
 
@@ -242,6 +244,7 @@ class KLAutoencoder(nnx.Module):
     def _decode(self, latents: jax.Array, real: jax.Array | None = None) -> jax.Array:
         return self.decoder(latents if self.post_quant is None else self.post_quant(latents), real)
 
+    @part("autoencoder")
     def losses(self, pixels: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean absolute error plus ``kl_weight`` times KL per pixel value, of each image.
 

@@ -259,6 +259,7 @@ class Backbone(nnx.Module):
         """Hidden states and cache of :meth:`run`."""
         return self.run(x, positions, mask, **more)[:2]
 
+    @L.part("backbone")
     def run(
         self,
         x: jax.Array,

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
+from umm_jax.models.layers import is_plain
 
 Sides = Sequence[int | tuple[int, int]]
 
@@ -94,6 +95,8 @@ def choose(platform: str, cells: int, reads: int) -> str:
 def _run(step: str, shapes, implementation: str, values, locations, *others):
     """`step` is "forward" or "backward"."""
     arrays = (values, locations, *others)
+    if is_plain():
+        implementation = "gather"
     if implementation != "auto":
         return _IMPLEMENTATIONS[implementation][step](*arrays, shapes)
     _, queries, _, _, levels, points, _ = locations.shape

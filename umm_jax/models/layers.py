@@ -13,6 +13,9 @@ Axis names in use: ``embed`` (model width), ``mlp``, ``heads``, ``vocab``, ``lay
 ``conv_out`` and ``None`` for dimensions that are never split.
 """
 
+import contextlib
+import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -57,6 +60,53 @@ def constant(value: float) -> Initializer:
     return jax.nn.initializers.constant(value)
 
 
+# What a model is made of, as reports name it.
+PARTS = ("backbone", "tower", "connector", "synchronizer", "decoder", "autoencoder", "masks", "head")
+
+
+def part(name: str):
+    """Decorates a function: what it computes, and its gradients, are reported as of this one of PARTS.
+
+    Of parts within parts the innermost counts: a synchronizer in a backbone is synchronizer.
+    """
+    if name not in PARTS:
+        raise ValueError(f"{name!r} is none of the parts {', '.join(PARTS)}")
+    return jax.named_scope(name)
+
+
+_PLAIN = contextvars.ContextVar("umm_jax_plain", default=False)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, models are traced as their formulas stand.
+
+    Nothing is made again for the backward pass, and attention and sampling are what defines them, whatever
+    the platform. For counting operations: such a program would need far too much memory to be run.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether this is within :func:`plainly`."""
+    return _PLAIN.get()
+
+
+def remade(f: Callable, **how) -> Callable:
+    """``jax.checkpoint``, which is not done within :func:`plainly`."""
+    checkpointed = jax.checkpoint(f, **how)
+
+    @functools.wraps(f)
+    def call(*args, **named):
+        return f(*args, **named) if is_plain() else checkpointed(*args, **named)
+
+    return call
+
+
 def lean(f: Callable) -> Callable:
     """`f`, keeping nothing but its arguments for the backward pass, which computes the rest again.
 
@@ -65,7 +115,7 @@ def lean(f: Callable) -> Callable:
     product at the end of `f` is not computed again, as its gradient does not need its result. Arrays that
     `f` closes over count as arguments.
     """
-    return jax.checkpoint(f)
+    return remade(f)
 
 
 class Keys:
@@ -351,7 +401,7 @@ def scan(
         return step(layers, carry, x)
 
     if remat != "none":
-        body = jax.checkpoint(body, policy=checkpoint_policy(remat), prevent_cse=False)
+        body = remade(body, policy=checkpoint_policy(remat), prevent_cse=False)
     return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from umm_jax.models.layers import part, remade
+
 
 def next_token_targets(tokens: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Targets and weights of each position: the token after it, if it belongs to the same conversation.
@@ -39,6 +41,7 @@ def cross_entropy(
     return jnp.sum(nll * weights), jnp.sum(hits * weights)
 
 
+@part("head")
 def token_losses(
     hidden: jax.Array,
     head: Callable[[jax.Array], jax.Array],
@@ -60,7 +63,7 @@ def token_losses(
     if needed is not None and chunk is not None:
         return _needed_losses(hidden, head, targets, chunk, needed)
 
-    def part(hidden, targets):
+    def whole(hidden, targets):
         logits = head(hidden)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         hits = jnp.argmax(logits, axis=-1) == targets
@@ -68,14 +71,14 @@ def token_losses(
 
     b, t = targets.shape
     if chunk is None or chunk >= t:
-        return part(hidden, targets)
+        return whole(hidden, targets)
     if t % chunk:
         raise ValueError(f"chunk {chunk} does not divide {t} tokens")
 
     def split(a):
         return jnp.moveaxis(a.reshape(b, t // chunk, chunk, *a.shape[2:]), 1, 0)
 
-    step = jax.checkpoint(lambda _, inputs: (None, part(*inputs)))
+    step = remade(lambda _, inputs: (None, whole(*inputs)))
     _, found = jax.lax.scan(step, None, (split(hidden), split(targets)))
     return tuple(jnp.moveaxis(a, 0, 1).reshape(b, t) for a in found)
 
@@ -91,16 +94,16 @@ def _needed_losses(hidden, head, targets, chunk: int, needed):
         a = jnp.pad(a, [(0, 0), (0, fill)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(b, -1, chunk, *a.shape[2:]), 1, 0)
 
-    def part(inputs):
+    def real(inputs):
         hidden, targets, needed = inputs
         nll, hits = token_losses(hidden, head, targets)
         return jnp.where(needed, nll, 0.0), jnp.where(needed, hits, 0.0)
 
     def step(_, inputs):
         nothing = (jnp.zeros((b, chunk)), jnp.zeros((b, chunk)))
-        return None, jax.lax.cond(jnp.any(inputs[2]), part, lambda _: nothing, inputs)
+        return None, jax.lax.cond(jnp.any(inputs[2]), real, lambda _: nothing, inputs)
 
-    _, found = jax.lax.scan(jax.checkpoint(step), None, (cut(hidden), cut(targets), cut(needed)))
+    _, found = jax.lax.scan(remade(step), None, (cut(hidden), cut(targets), cut(needed)))
     back = jnp.argsort(order, axis=1)
     found = (jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in found)
     return tuple(jnp.take_along_axis(a, back, axis=1) for a in found)

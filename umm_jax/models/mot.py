@@ -128,6 +128,7 @@ class MixtureOfTransformers(nnx.Module):
         self.understanding_norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
         self.generation_norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
 
+    @L.part("backbone")
     def __call__(
         self,
         xs: Groups,

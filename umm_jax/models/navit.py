@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.layers import LayerNorm, Linear, normal, param, scan, stack
+from umm_jax.models.layers import LayerNorm, Linear, normal, param, part, scan, stack
 from umm_jax.models.masks import FULL, MaskSpec
 from umm_jax.models.vision import VisionLayer
 
@@ -55,6 +55,7 @@ class NaViT(nnx.Module):
         self.layers = stack(lambda r: VisionLayer(c, "gelu_tanh", rngs=r), c.layers, rngs)
         self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
 
+    @part("tower")
     def __call__(self, patches: jax.Array, place: jax.Array, image: jax.Array) -> jax.Array:
         """Encodes the images of packed rows.
 

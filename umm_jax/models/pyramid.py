@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.layers import Conv, Modules, RMSNorm, space_to_depth, unit_rms
+from umm_jax.models.layers import Conv, Modules, RMSNorm, part, space_to_depth, unit_rms
 from umm_jax.models.positions import GridVectors
 from umm_jax.models.vision import VisionOutput
 
@@ -93,6 +93,7 @@ class Pyramid(nnx.Module):
         self.position = GridVectors((side, side), widths[-1], std=config.position_std, rngs=rngs)
         self.norm = RMSNorm(widths[-1], rngs=rngs)
 
+    @part("tower")
     def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> VisionOutput:
         """With a `key`, noise is added to the input, of another strength for each image."""
         x = 2 * pixels - 1

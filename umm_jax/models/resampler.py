@@ -28,6 +28,7 @@ from umm_jax.models.layers import (
     lean,
     normal,
     param,
+    part,
     scan,
     stack,
 )
@@ -160,6 +161,7 @@ class QFormer(nnx.Module):
         self.norm = LayerNorm(c.d_out, eps=c.eps, rngs=rngs)
         self.periods = stack(lambda r: Period(c, rngs=r), c.layers // c.cross_every, rngs)
 
+    @part("connector")
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, None]:

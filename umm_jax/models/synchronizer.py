@@ -31,7 +31,7 @@ from flax import nnx
 from umm_jax.errors import ConfigError
 from umm_jax.models import layers
 from umm_jax.models.deformable import sample
-from umm_jax.models.layers import LayerNorm, Linear, RMSNorm, param
+from umm_jax.models.layers import LayerNorm, Linear, RMSNorm, param, part
 from umm_jax.models.positions import pixel_centres, sincos_2d
 
 glorot = jax.nn.initializers.glorot_uniform()
@@ -231,6 +231,7 @@ class BackboneSync(nnx.Module):
         """Values to sample, see :meth:`Synchronizer.project`."""
         return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)
 
+    @part("synchronizer")
     def __call__(self, x: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
         """[B, Q, D], `values` from :meth:`project` and bool [B, Q, N] -> [B, Q, D]."""
         read = self.core(self.query_norm(x), values, visible)
@@ -272,6 +273,7 @@ class DecoderSync(nnx.Module):
         """Values to sample, see :meth:`Synchronizer.project`; the same at every sampling step."""
         return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)
 
+    @part("synchronizer")
     def __call__(self, x: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
         """[B, h, w, D], `values` of the N earlier images of each and bool [B, N] -> [B, h, w, D]."""
         b, h, w, width = x.shape

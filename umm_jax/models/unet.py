@@ -26,6 +26,8 @@ from umm_jax.models.layers import (
     depth_to_space,
     normal,
     param,
+    part,
+    remade,
     space_to_depth,
     unit_rms,
 )
@@ -234,6 +236,7 @@ class UNet(nnx.Module):
             return []
         return [True] + [False] * (c.layers_per_block - 1)
 
+    @part("decoder")
     def __call__(
         self,
         x: jax.Array,
@@ -268,7 +271,7 @@ class UNet(nnx.Module):
         def run(module, *args):
             if c.remat == "none":
                 return module(*args)
-            return jax.checkpoint(lambda *a: module(*a), policy=checkpoint_policy(c.remat))(*args)
+            return remade(lambda *a: module(*a), policy=checkpoint_policy(c.remat))(*args)
 
         if c.input_gate is not None:
             at = t.astype(jnp.float32)[:, None, None, None]

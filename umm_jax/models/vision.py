@@ -15,7 +15,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models.attention import attend, merge_heads, split_heads
-from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, lean, normal, param, scan, stack
+from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, lean, normal, param, part, scan, stack
 
 # Of the pixels CLIP was trained on, by colour.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -164,6 +164,7 @@ class ClipTower(nnx.Module):
     def __init__(self, config: ClipTowerConfig, *, rngs: nnx.Rngs):
         self.clip = Clip(config.run, rngs=rngs)
 
+    @part("tower")
     def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> VisionOutput:
         pixels = (pixels - CLIP_MEAN.astype(pixels.dtype)) / CLIP_STD.astype(pixels.dtype)
         x = self.clip.run(self.clip.layers, self.clip.embed(pixels))[:, 1:]

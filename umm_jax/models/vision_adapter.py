@@ -238,6 +238,7 @@ class ClipAdapter(nnx.Module):
         self.token_norm = LayerNorm(c.width, eps=c.head_eps, rngs=rngs)
         self.out_norm = LayerNorm(c.width, eps=c.head_eps, rngs=rngs)
 
+    @L.part("tower")
     def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> VisionOutput:
         """`key` is not used: this tower has no randomness.
 

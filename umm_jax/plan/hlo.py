@@ -163,15 +163,12 @@ class Program:
     # --- how often ----------------------------------------------------------------------------------
 
     @cached_property
-    def executed(self) -> dict[str, int]:
-        """{computation: how often it is executed}, what is fused into others included.
+    def _calls(self) -> dict[tuple[str, str], int]:
+        """{(computation, name of its caller): how often it is executed so}."""
+        times: dict[tuple[str, str], int] = defaultdict(int)
 
-        Of the branches of a conditional each is counted: which is taken is not known.
-        """
-        times: dict[str, int] = defaultdict(int)
-
-        def visit(name: str, count: int):
-            times[name] += count
+        def visit(name: str, caller: str, count: int):
+            times[name, caller] += count
             for one in self.computations[name].instructions:
                 for key, called in one.called.items():
                     turns = 1
@@ -179,9 +176,20 @@ class Program:
                         turns = self.turns(one)
                     for other in called:
                         if other in self.computations and not _is_scalar_rule(one, key):
-                            visit(other, count * turns)
+                            visit(other, _full_name(one.op_name, caller), count * turns)
 
-        visit(self.entry, 1)
+        visit(self.entry, "", 1)
+        return dict(times)
+
+    @cached_property
+    def executed(self) -> dict[str, int]:
+        """{computation: how often it is executed}, what is fused into others included.
+
+        Of the branches of a conditional each is counted: which is taken is not known.
+        """
+        times: dict[str, int] = defaultdict(int)
+        for (name, _), count in self._calls.items():
+            times[name] += count
         return dict(times)
 
     def turns(self, loop: Instruction) -> int:
@@ -250,11 +258,13 @@ class Program:
         return sum(self.flops_by_name().values())
 
     def flops_by_name(self) -> dict[str, int]:
-        """{op_name: FLOPs} of the same."""
+        """{op_name, with those of its callers where it does not have them: FLOPs} of the same."""
         found: dict[str, int] = defaultdict(int)
-        for computation, one, count in self.each():
-            if one.opcode in ("dot", "convolution"):
-                found[one.op_name] += count * _flops(one, computation)
+        for (name, caller), count in self._calls.items():
+            computation = self.computations[name]
+            for one in computation.instructions:
+                if one.opcode in ("dot", "convolution"):
+                    found[_full_name(one.op_name, caller)] += count * _flops(one, computation)
         return dict(found)
 
     @cached_property
@@ -402,6 +412,11 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 def _without_strings(text: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
+
+
+def _full_name(op_name: str, caller: str) -> str:
+    """Before functions are put in line, names of what they hold begin at the function."""
+    return op_name if not caller or op_name.startswith(caller.split("/")[0]) else f"{caller}/{op_name}"
 
 
 def _is_scalar_rule(one: Instruction, key: str) -> bool:

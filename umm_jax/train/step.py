@@ -64,7 +64,8 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
                 )
             homes = optimizer.split(plan.shardings["params"])[0]
             grads = jax.lax.with_sharding_constraint(grads, homes)
-            trainable, opt, scalars = optimizer.apply(grads, state["opt"], trainable, state["step"])
+            with jax.named_scope("optimizer"):
+                trainable, opt, scalars = optimizer.apply(grads, state["opt"], trainable, state["step"])
             new = {
                 "step": state["step"] + 1,
                 "params": optimizer.merge(trainable, frozen),

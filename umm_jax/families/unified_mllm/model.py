@@ -64,6 +64,7 @@ class MaskHead(nnx.Module):
         self.prompts = PromptEncoder(c.width, rngs=rngs)
         self.decoder = MaskDecoder(c, rngs=rngs)
 
+    @L.part("masks")
     def features(
         self, maps: jax.Array | None, large: jax.Array | None, extent: jax.Array | None
     ) -> jax.Array:
@@ -83,6 +84,7 @@ class MaskHead(nnx.Module):
             x = self.encoder(x.astype(self.prompts.no_mask[...].dtype))
         return x + self.prompts.no_mask[...].astype(x.dtype)
 
+    @L.part("masks")
     def __call__(self, hidden: jax.Array, features: jax.Array, size: int) -> jax.Array:
         """Logits of one mask for each of M questions, float32 [M, size, size].
 
@@ -131,7 +133,7 @@ class UnifiedMLLM(nnx.Module):
         if masks and self.masks is not None:
             maps = seen.maps[self.config.masks.level]
             features = unfold(self.masks.features(maps, flat.get("large"), flat.get("extent")))
-        return unfold(self.adapter(seen.tokens)), features
+        return unfold(L.part("connector")(self.adapter)(seen.tokens)), features
 
     def embed_tokens(self, ids, image=None, slot=None, visual=None) -> jax.Array:
         """Ids [B, T] -> [B, T, D]; where `image` is not negative, that image's token number `slot`."""
