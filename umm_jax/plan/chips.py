@@ -1,0 +1,94 @@
+"""TPU chips and how they are put together: what a topology's name means, before anything is compiled."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from umm_jax.config import suggest
+from umm_jax.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What an estimate needs of a chip; one chip is one device.
+
+    Attributes:
+        peak: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: of it, bytes/s.
+        clock: cycles/s that the compiler's estimates are divided by.
+        links: bytes/s to other chips of the slice, all links together. published.
+        dims: of its topologies. largest: chips of a slice.
+    """
+
+    name: str
+    peak: float
+    memory: int
+    bandwidth: float
+    clock: float
+    links: float
+    dims: int
+    largest: int
+
+
+# Peak, memory, bandwidth and links as Google's pages of Cloud TPU versions say them. Clocks: v5e and v5p from
+# peak and number of matrix units; v6e inferred, as a large product then runs at 97 % of the peak. Only v5p and
+# v6e have been held against published steps.
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 300e9, 3, 4096),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 200e9, 2, 256),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1.75e9, 600e9, 3, 8960),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 448e9, 2, 256),
+}
+
+# Bytes/s between slices for each chip: four chips of a host share a network of 200 Gbit/s. Assumed.
+BETWEEN_SLICES = 200e9 / 8 / 4
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Slices of chips, such as two of v5e:4x4."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """As the compiler calls one slice."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
+
+
+def topology(name: str, slices: int = 1) -> Topology:
+    """What a name such as ``v5p:4x4x4`` means.
+
+    Raises:
+        ConfigError: an unknown chip, a shape that it is not built in, or no number of slices.
+    """
+    examples = "v5e:4x4, v5p:4x4x4, v6e:16x16"
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not found:
+        raise ConfigError(f"topology {name!r}: write CHIP:SHAPE, such as {examples}")
+    if found[1] not in CHIPS:
+        raise ConfigError(
+            f"topology {name!r}: chip {found[1]!r} is unknown{suggest(found[1], list(CHIPS))}; "
+            f"there are {', '.join(CHIPS)}"
+        )
+    chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
+    if len(shape) != chip.dims:
+        kind = "x".join("XYZ"[: chip.dims])
+        raise ConfigError(
+            f"topology {name!r}: slices of {chip.name} have the shape {kind}, such as {examples}"
+        )
+    if min(shape) < 1 or math.prod(shape) > chip.largest:
+        raise ConfigError(f"topology {name!r}: a slice of {chip.name} has 1 to {chip.largest} chips")
+    if slices < 1:
+        raise ConfigError(f"slices must be at least 1, it is {slices}")
+    return Topology(chip, shape, slices)
