@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
             model=dict(
                 layout=dict(image_size=8, image_tokens=4, mask_size=8, prefixes=prefixes, turn_end="<eot>"),
                 backbone=dict(vocab=32000, norm_eps=1e-5, remat="dots_no_batch"),
-                tower=dict(kind="pyramid", pyramid=dict(image_size=8, patch=2, widths=[8, 8])),
+                tower=dict(
+                    kind="pyramid", pyramid=dict(image_size=8, patch=2, widths=[8, 8], residuals=[[], [1]])
+                ),
                 adapter=[],
                 masks=None,
             ),

@@ -161,3 +161,17 @@ def test_a_step_counts_what_matrices_cost():
     w, x = np.zeros((32, 32), np.float32), np.zeros((4, 32), np.float32)
     found = compiled(jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.asarray(x) @ w @ w))), w)
     assert found.flops == 2 * 4 * 32 * 32 * (2 + 3)
+
+
+@pytest.mark.parametrize(
+    "said, groups",
+    [
+        ("mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", [[0, 3], [1, 4], [2, 5]]),
+        ("mesh['axis_0'=2,'axis_1'=3] {'axis_1','axis_0'}", [[0, 3, 1, 4, 2, 5]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_every_way_to_write_who_acts_together(said, groups):
+    line = f"  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={said}, to_apply=%add"
+    assert hlo._groups(hlo._instruction(line)).tolist() == groups

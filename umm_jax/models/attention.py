@@ -40,11 +40,15 @@ HALF = "half"
 IMPLEMENTATIONS = ("auto", "blocks", "kernels")
 
 
+# See :func:`attend`.
+Mask = jax.Array | tuple[MaskSpec, MaskSpec] | None
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | tuple[MaskSpec, MaskSpec] | None = None,
+    mask: Mask = None,
     *,
     scale: float | None = None,
     implementation: str = "auto",

@@ -16,6 +16,7 @@ Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H]; inside,
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -185,6 +186,19 @@ class _Call:
         self.arrays = (*heads, jnp.stack(of_q, axis=1), jnp.stack(of_k, axis=2))
         self.b, self.n, _, self.h = self.arrays[0].shape
 
+    def cost(self, products: int, read: int, out: Sequence[tuple[Any, Any]]) -> pl.CostEstimate:
+        """What a compiler may count for a kernel: how many pairs there are is known when it runs.
+
+        Counted are those of one causal stream where there are as many queries as keys, else all.
+        """
+        own, other = self.table.shape[1:]
+        pairs = own * (own + 1) // 2 if own == other else own * other
+        scores = self.b * self.n * pairs * self.t * self.s
+        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in out)
+        return pl.CostEstimate(
+            flops=2 * products * scores * self.h, transcendentals=scores, bytes_accessed=read + written
+        )
+
     # Where the block of a pair lies in an array. `by` is the number of pairs that counts blocks of it.
 
     def query(self, by: str):
@@ -208,6 +222,7 @@ class _Call:
         self,
         kernel,
         own_queries: bool,
+        products: int,
         more: Sequence[tuple[Any, Any]],
         out: Sequence[tuple[Any, Any]],
         scratch: Sequence[tuple[int, int]],
@@ -215,6 +230,7 @@ class _Call:
         """`kernel` for all pairs of blocks, of queries and of the keys they read or the other way about.
 
         Args:
+            products: of matrices that it makes of a pair of blocks.
             more: (array, spec) of arguments beside the pairs and `arrays`.
             out: (shape and type, spec) of the results.
             scratch: shapes of float32 arrays a kernel adds up in.
@@ -234,6 +250,7 @@ class _Call:
                     scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
                 ),
                 out_shape=[jax.ShapeDtypeStruct(*shape) for shape, _ in out],
+                cost_estimate=self.cost(products, _bytes(arrays), [shape for shape, _ in out]),
                 compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
                 interpret=interpret,
             )(*arrays)
@@ -249,6 +266,7 @@ def _forward(q, k, v, of_q, of_k, *, scale):
     out, total = call.run(
         _forward_kernel,
         True,
+        2,
         [],
         [
             ((like_q, v.dtype), call.query("own")),
@@ -273,6 +291,7 @@ def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
     (dq,) = call.run(
         _queries_kernel,
         True,
+        3,
         given_to("own"),
         [((like_q, q.dtype), call.query("own"))],
         [(call.t, call.h)],
@@ -281,12 +300,18 @@ def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
     dk, dv = call.run(
         _keys_kernel,
         False,
+        4,
         given_to("other"),
         [((by_head, a.dtype), call.key("own", 1)) for a in (k, v)],
         [(call.s, call.h)] * 2,
     )
 
     return dq[:, :, : q.shape[3]].reshape(q.shape), over_groups(dk, k), over_groups(dv, v)
+
+
+def _bytes(arrays: Sequence[jax.Array]) -> int:
+    """Of all of them."""
+    return sum(a.size * a.dtype.itemsize for a in arrays)
 
 
 forward, backward = on_each_device(_forward, _backward)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
-from umm_jax.models.attention import attend, merge_heads, split_heads
+from umm_jax.models.attention import IMPLEMENTATIONS, Mask, attend, merge_heads, split_heads
 from umm_jax.models.lora_moe import LoRAMoE, LoRAMoEConfig
 from umm_jax.models.synchronizer import BackboneSync, SynchronizerConfig
 from umm_jax.sharding import constrain
@@ -37,6 +37,7 @@ class BackboneConfig:
         synchronizer: None for a plain transformer.
         experts: low-rank experts beside the layers of the MLP; None is without.
         remat: rematerialisation policy of a group of layers, see ``layers.checkpoint_policy``.
+        attention: its implementation, see ``attention.attend``.
         unroll: whether layers are written out instead of looped over: for a few small layers on a CPU.
     """
 
@@ -58,6 +59,7 @@ class BackboneConfig:
     synchronizer: SynchronizerConfig | None = None
     experts: LoRAMoEConfig | None = None
     remat: str = "none"
+    attention: str = "auto"
     unroll: bool = False
 
     def __post_init__(self):
@@ -65,6 +67,10 @@ class BackboneConfig:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.kv_heads or self.heads):
             raise ConfigError(f"{self.heads} heads do not divide into {self.kv_heads} key/value heads")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.sync_every < 1:
             raise ConfigError(f"sync_every must be at least 1, it is {self.sync_every}")
 
@@ -127,10 +133,10 @@ class SelfAttention(nnx.Module):
         self.q_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
         self.k_norm = L.RMSNorm(h, eps=config.norm_eps, axis=None, rngs=rngs) if config.qk_norm else None
         self.heads, self.kv_heads, self.base = config.heads, kv, config.rope_base
-        self.scale = config.attention_scale * h**-0.5
+        self.scale, self.implementation = config.attention_scale * h**-0.5, config.attention
 
     def __call__(self, x, positions, mask, cache: Cache | None = None, write: jax.Array | None = None):
-        """x [B, T, D], positions [B, T], mask [B, T, S] -> ([B, T, D], cache of this layer).
+        """x [B, T, D], positions [B, T], a mask as ``attend`` takes it -> ([B, T, D], cache of this layer).
 
         With a cache (this layer's [B, S, K, H] pair), new keys go to columns `write` [B, T] first.
         """
@@ -138,7 +144,8 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.written(k, v, write)
             k, v = cache
-        out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=self.scale)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        out = attend(q, k, v, mask, scale=self.scale, implementation=self.implementation)
         return self.o(merge_heads(out)), cache
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -255,7 +262,7 @@ class Backbone(nnx.Module):
         self.syncs = syncs
         self.norm = L.RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, **more):
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask, **more):
         """Hidden states and cache of :meth:`run`."""
         return self.run(x, positions, mask, **more)[:2]
 
@@ -264,7 +271,7 @@ class Backbone(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         *,
         features: tuple[jax.Array, ...] = (),
         values: jax.Array | None = None,
@@ -277,7 +284,8 @@ class Backbone(nnx.Module):
 
         Args:
             x: [B, T, D]; positions: [B, T], counted within each conversation.
-            mask: [B, T, S], True where a token may read a key; S is T, or the cache's length.
+            mask: [B, T, S], True where a token may read a key; S is T, or the cache's length. Or what is to
+                be known of queries and keys, see ``masks``.
             features: multi-scale maps of the row's images, [B, I, h, w, C] a level.
             values: what :meth:`project` made of them, in place of `features`.
             visible: [B, T, I], True where a token may look into an image.

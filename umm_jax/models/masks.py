@@ -50,6 +50,12 @@ class MaskSpec(NamedTuple):
     order: jax.Array
 
 
+def stream(sample: jax.Array) -> MaskSpec:
+    """Of words alone, in the order they stand in: `sample` [B, T] as in :class:`MaskSpec`."""
+    order = jnp.broadcast_to(jnp.arange(sample.shape[1], dtype=jnp.int32), sample.shape)
+    return MaskSpec(sample.astype(jnp.int32), order, jnp.zeros_like(order), order)
+
+
 def joined(*specs: MaskSpec) -> MaskSpec:
     """Tokens of several groups as one, group after group."""
     return MaskSpec(*(jnp.concatenate(arrays, axis=1) for arrays in zip(*specs)))

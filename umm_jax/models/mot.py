@@ -21,11 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
-from umm_jax.models.attention import IMPLEMENTATIONS, attend, merge_heads
+from umm_jax.models.attention import Mask, attend, merge_heads
 from umm_jax.models.backbone import BackboneConfig, Cache, Layer
-from umm_jax.models.masks import MaskSpec
 from umm_jax.sharding import constrain
 
 Groups = tuple[jax.Array, jax.Array]  # understanding, generation
@@ -37,7 +35,6 @@ class MixtureConfig(BackboneConfig):
 
     Attributes:
         freeze_understanding: cut every gradient through understanding tokens, see :class:`MixtureLayer`.
-        attention: its implementation, see ``attention.attend``.
     """
 
     vocab: int = 152064
@@ -50,14 +47,6 @@ class MixtureConfig(BackboneConfig):
     qk_norm: bool = True
     qkv_bias: bool = True
     freeze_understanding: bool = False
-    attention: str = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.attention not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
-            )
 
 
 class MixtureLayer(nnx.Module):
@@ -77,7 +66,7 @@ class MixtureLayer(nnx.Module):
         self,
         xs: Groups,
         positions: Groups,
-        mask: jax.Array | tuple[MaskSpec, MaskSpec],
+        mask: Mask,
         cache: Cache | None = None,
         write: jax.Array | None = None,
     ) -> tuple[Groups, Cache | None]:
@@ -133,7 +122,7 @@ class MixtureOfTransformers(nnx.Module):
         self,
         xs: Groups,
         positions: Groups,
-        mask: jax.Array | tuple[MaskSpec, MaskSpec],
+        mask: Mask,
         *,
         cache: Cache | None = None,
         write: jax.Array | None = None,

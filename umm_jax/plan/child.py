@@ -44,7 +44,10 @@ def _devices(topology) -> list:
     from jax.experimental import topologies
 
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more).devices
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, wrap=topology.wrap, **more
+    )
+    return found.devices
 
 
 def _train(run, plan, spec, mesh):

@@ -32,8 +32,8 @@ class Chip:
 
 
 # Peak, memory, bandwidth and links as Google's pages of Cloud TPU versions say them. Clocks: v5e and v5p from
-# peak and number of matrix units; v6e inferred, as a large product then runs at 97 % of the peak. Only v5p and
-# v6e have been held against published steps.
+# peak and number of matrix units; v6e inferred, as a large product then runs at 97 % of the peak. Only v5p
+# and v6e have been held against published steps.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 300e9, 3, 4096),
     "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 200e9, 2, 256),
@@ -61,6 +61,16 @@ class Topology:
     @property
     def chips(self) -> int:
         return math.prod(self.shape) * self.slices
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Which dimensions close to a ring. Without rings the compiler gathers by adding, at twice the cost.
+
+        Cubes of v4 and v5p do where every side is a multiple of four; a side of v5e and v6e where it is 16.
+        """
+        if self.chip.dims == 3:
+            return (all(side % 4 == 0 for side in self.shape),) * 3
+        return tuple(side == 16 for side in self.shape)
 
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"

@@ -266,7 +266,7 @@ def lines(found: Report) -> list[str]:
         e = found.estimate
         out.append(
             f"ESTIMATE    {e.seconds:.3f} s a step (cycles {e.cycles:.3f}, kernels {e.kernels:.3f}, exposed "
-            f"communication {e.exposed:.3f}); within {BAND:.0%} where computation bounds it, not a measurement"
+            f"communication {e.exposed:.3f}); {BAND:.0%} if computation bounds it, no measurement"
         )
         out.append(
             f"            {100 * found.utilisation:.1f} % of the peak in model FLOPs, "

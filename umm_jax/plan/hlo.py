@@ -513,6 +513,14 @@ def _groups(one: Instruction) -> np.ndarray:
         if found[3]:
             devices = devices.transpose(tuple(map(int, found[3].split(","))))
         return devices.reshape(shape)
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.rest)
+    if found:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        along = re.findall(r"'([^']+)'", found[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        last = [list(sizes).index(name) for name in along]
+        rest = [k for k in range(len(sizes)) if k not in last]
+        return devices.transpose((*rest, *last)).reshape(-1, math.prod(sizes[name] for name in along))
     found = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", one.rest)
     if found:
         rows = [[int(n) for n in row.split(",") if n] for row in re.findall(r"\{([\d,]*)\}", found[1])]

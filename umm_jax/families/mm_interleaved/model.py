@@ -16,6 +16,8 @@ from flax import nnx
 
 from umm_jax.families.mm_interleaved.config import ContextConfig, ModelConfig
 from umm_jax.models import layers as L
+from umm_jax.models import masks
+from umm_jax.models.attention import Mask
 from umm_jax.models.autoencoder import make_autoencoder
 from umm_jax.models.backbone import Backbone, Head
 from umm_jax.models.diffusion import Noised
@@ -165,21 +167,22 @@ class MMInterleaved(nnx.Module):
         """Ids, image and slot of each token, [B, T] each."""
         return tuple(batch["tokens"][name] for name in ("ids", "image", "slot"))
 
-    def sight(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Positions [B, T], and what each token reads: tokens [B, T, T] and images [B, T, I].
+    def sight(self, batch: Batch) -> tuple[jax.Array, Mask, jax.Array]:
+        """Positions [B, T], and what each token reads: the mask of tokens, and images [B, T, I].
 
         A token sees the images of its own conversation whose first slot is not after it.
         """
         tokens, images = batch["tokens"], batch["images"]
         segments, columns = tokens["segment_ids"], jnp.arange(tokens["ids"].shape[1])
-        causal = columns[None] <= columns[:, None]
         same = segments[:, :, None] == images["segment_ids"][:, None]
         begun = images["soi"][:, None] + 1 <= columns[:, None]
         visible = same & (images["segment_ids"] > 0)[:, None] & begun
         if self.config.compat == "release":
             positions = jnp.broadcast_to(columns, segments.shape)
-            return positions, causal & (segments > 0)[:, None], visible
-        return tokens["positions"], causal & (segments[:, :, None] == segments[:, None]), visible
+            read = masks.stream((segments > 0).astype(jnp.int32))
+            return positions, (read, read), visible
+        read = masks.stream(segments)
+        return tokens["positions"], (read, read), visible
 
     def backbone_maps(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The levels the backbone's synchronizer reads (the release leaves out the finest)."""

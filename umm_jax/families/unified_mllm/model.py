@@ -14,11 +14,13 @@ from flax import nnx
 
 from umm_jax.families.unified_mllm.config import ModelConfig
 from umm_jax.models import layers as L
+from umm_jax.models.attention import Mask
 from umm_jax.models.backbone import Backbone, Head
 from umm_jax.models.lora_moe import balance_loss
 from umm_jax.models.losses import cross_entropy, next_token_targets
 from umm_jax.models.mask_decoder import MaskDecoder, PromptEncoder
 from umm_jax.models.mask_loss import mask_losses
+from umm_jax.models.masks import stream
 from umm_jax.models.sam_encoder import Neck, SamEncoder
 from umm_jax.models.tower import make_tower
 from umm_jax.sharding import constrain
@@ -178,11 +180,10 @@ class UnifiedMLLM(nnx.Module):
         return sums, metrics
 
     @staticmethod
-    def sight(batch: Batch) -> jax.Array:
-        """What each token reads, [B, T, T]: the tokens before it of its own conversation."""
-        segments = batch["tokens"]["segment_ids"]
-        columns = jnp.arange(segments.shape[1])
-        return (columns[None] <= columns[:, None]) & (segments[:, :, None] == segments[:, None])
+    def sight(batch: Batch) -> Mask:
+        """What each token reads: itself and those before it of its own conversation."""
+        read = stream(batch["tokens"]["segment_ids"])
+        return read, read
 
     def _asked(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Which masks are real and learned [B, K], and the columns of the states that ask for them."""
