@@ -62,7 +62,7 @@ class Report:
 
     Attributes:
         work: model FLOPs by part. executed: FLOPs of the program, and by part.
-        cycles_by_part: seconds of the estimate by part, gradients apart.
+        cycles_by_part: seconds of the estimate by part, gradients apart. traffic: bytes of memory by part.
         estimate: None where the program does not fit, or the compiler makes no estimates (GPU, CPU).
         notes: what was assumed or could not be read.
     """
@@ -75,6 +75,7 @@ class Report:
     work: dict[str, dict[str, float]]
     executed: dict[str, float] = field(default_factory=dict)
     cycles_by_part: dict[str, dict[str, float]] = field(default_factory=dict)
+    traffic: dict[str, float] = field(default_factory=dict)
     collectives: tuple[Moved, ...] = ()
     estimate: Estimate | None = None
     utilisation: float | None = None
@@ -129,7 +130,10 @@ def report(made: Compiled, topology: Topology | None, tokens: int) -> Report:
     executed: dict[str, float] = defaultdict(float)
     for name, flops in program.flops_by_name().items():
         executed[part_of(name)] += flops
-    found = dict(executed=dict(executed), replay=memory.replay(program))
+    traffic: dict[str, float] = defaultdict(float)
+    for name, size in program.traffic_by_name().items():
+        traffic[part_of(name)] += size
+    found = dict(executed=dict(executed), traffic=dict(traffic), replay=memory.replay(program))
     if program.unknown_loops:
         notes.append(f"{len(program.unknown_loops)} loops whose turns are not known are counted once")
     if chip is None:

@@ -283,6 +283,21 @@ class Program:
                 found[one.op_name] += count * one.cycles
         return dict(found)
 
+    def traffic_by_name(self) -> dict[str, int]:
+        """{op_name: bytes} that fusions, kernels and products read from and write to the chip's memory.
+
+        Each counts what it takes and gives in full, though it may read a part of it only.
+        """
+        found: dict[str, int] = defaultdict(int)
+        for computation, one, count in self.scheduled():
+            if one.opcode not in ("fusion", "convolution", "dot", "custom-call", "reduce", "sort", "scatter"):
+                continue
+            taken = [
+                a for n in one.operands if n in computation.by_name for a in computation.by_name[n].arrays
+            ]
+            found[one.op_name] += count * sum(a.bytes for a in (*taken, *one.arrays) if a.space == 0)
+        return dict(found)
+
     def custom_calls(self) -> dict[str, int]:
         """{target: how often} of the calls that leave the compiler's own code."""
         found: dict[str, int] = defaultdict(int)
