@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-beam | clean
+# make setup | setup-plan | demo | test | test-all | test-beam | clean
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu says where the tests' torch comes from, where the default
 # index would give a build for CUDA.
@@ -17,7 +17,7 @@ INPUTS := setup.py requirements.txt
 timed = @start=$$(date +%s); $(2) || { status=$$?; echo "$(1) failed (status $$status)" >&2; exit $$status; }; \
   echo "$(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: setup demo test test-all test-beam clean
+.PHONY: setup setup-plan demo test test-all test-beam clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -28,6 +28,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	$(call timed,setup,$(PIP) -e .)
+	@touch $@
+
+# The TPU compiler (700 MB), for `umm plan`; no TPU is needed.
+setup-plan: $(VENV)/.planned
+
+$(VENV)/.planned: $(VENV)/.installed
+	$(call timed,setup-plan,$(PIP) -e '.[plan]')
 	@touch $@
 
 # Torch comes first and alone, so that its index can be chosen. Without it the tests that need it are skipped.

@@ -7,9 +7,11 @@ folder is a group of commands, its grammar and what it calls; ``grammar.py`` is 
 
 import argparse
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from umm_jax.cli import convert, data, plan, route, runs
 from umm_jax.cli.grammar import Parser, command
@@ -19,6 +21,7 @@ from umm_jax.errors import ConfigError, StorageError, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit status."""
+    _leave_out_tpu()
     try:
         dispatch(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
@@ -34,6 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"{error.filename or 'output'}: {error.strerror}", StorageError.exit_status)
     return 0
+
+
+def _leave_out_tpu() -> None:
+    """Where libtpu was installed to plan with and there is no TPU, JAX need not look for one."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")) or "TPU_NAME" in os.environ:
+        return
+    on_gpu = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if on_gpu else "cpu"
 
 
 def dispatch(argv: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ class ChatUMM(nnx.Module):
         Args:
             pixels: [B, P, numbers], uint8 or in [-1, 1]; place, image: [B, P], see :class:`NaViT`.
         """
-        tokens = self.connector(self.vision(_signed(pixels, self.dtype), place, image))
+        tokens = L.part("connector")(self.connector)(self.vision(_signed(pixels, self.dtype), place, image))
         return tokens + self.config.positions * self.vision_places(place, tokens.dtype)
 
     def understanding(self, ids: jax.Array, patch: jax.Array, looked: jax.Array | None) -> jax.Array:
@@ -153,15 +153,18 @@ class ChatUMM(nnx.Module):
         at = jnp.maximum(image, 0) * (h * w) + cell
         return jnp.take_along_axis(tokens.reshape(b, i * h * w, d), at[..., None], axis=1)
 
+    @L.part("connector")
     def generation(self, latents: jax.Array, place: jax.Array, time: jax.Array) -> jax.Array:
         """Latent tokens [B, G, d] as generation tokens [B, G, D]; `time` [B, G, D] of :meth:`times`."""
         x = self.latent_in(latents.astype(self.dtype)) + time.astype(self.dtype)
         return x + self.config.positions * self.latent_places(place, x.dtype)
 
+    @L.part("connector")
     def times(self, t: jax.Array) -> jax.Array:
         """Times [...] -> [..., D]."""
         return self.time(t.reshape(-1)).reshape(*t.shape, -1)
 
+    @L.part("connector")
     def velocity(self, hidden: jax.Array) -> jax.Array:
         """Hidden states of generation tokens -> what the flow asks, [..., d] in float32."""
         return self.latent_out(hidden).astype(jnp.float32)

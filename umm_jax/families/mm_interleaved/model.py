@@ -135,7 +135,7 @@ class MMInterleaved(nnx.Module):
         x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
         seen = self.tower(_unit(x, self.dtype), key=tower_key)
         tokens, _ = self.visual_resampler(seen.tokens, None, key=resampler_key)
-        tokens = self.visual_proj(tokens)
+        tokens = L.part("connector")(self.visual_proj)(tokens)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
         return unfold(tokens), tuple(unfold(m) for m in seen.maps)
 

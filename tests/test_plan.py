@@ -1,0 +1,229 @@
+"""umm plan: what is counted, what is said of topologies, and the command on the devices of this machine."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from umm_jax import cli, config, families, sharding
+from umm_jax.config import MeshConfig
+from umm_jax.errors import ConfigError, UserError
+from umm_jax.plan import chips, compiling, counting, estimate, hlo, sweep
+
+TEXT = "configs/text_13b.py"
+SMALL = (
+    "model.backbone.vocab=320",
+    "model.backbone.width=64",
+    "model.backbone.layers=3",
+    "model.backbone.heads=4",
+    "model.backbone.mlp=96",
+    "data.tokens=128",
+    "data.batch_size=8",
+)
+
+
+# --- work ------------------------------------------------------------------------------------------------
+
+
+def counted(run) -> dict[str, counting.Work]:
+    import jax
+
+    from umm_jax.train import state
+    from umm_jax.train.step import abstract_batch, make_step
+
+    run = dataclasses.replace(run, mesh=MeshConfig(1, 1, 1))
+    family = families.get(run.family)
+    model = config.from_dict(family.config.ModelConfig, run.model, "model")
+    mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
+    plan = state.plan(lambda rngs: family.model.build(model, rngs), run, mesh)
+    return counting.model_flops(
+        make_step(plan, run), plan.abstract, abstract_batch(run, family.stream.spec(model), mesh)
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_language_model_costs_what_its_formula_says(remat):
+    """6 FLOPs a weight and token and half of attention's square, whatever is made again."""
+    run = config.load(TEXT, [*SMALL, f"model.backbone.remat={remat}"])
+    work = counted(run)
+    tokens, length, width, layers, vocab = 8 * 128, 128, 64, 3, 320
+    weights = layers * (4 * width * width + 3 * width * 96)
+    attention = 6 * tokens * length * width * layers
+    backbone = work["backbone"]
+    assert backbone.total == 6 * weights * tokens + attention
+    assert backbone.forward * 3 == backbone.total
+    assert work["head"].total == 6 * tokens * width * vocab
+    assert set(work) <= {"backbone", "head", "connector", "tower"}
+
+
+def test_frozen_weights_have_no_gradients():
+    groups = [dict(match=["backbone/"], optimizer="frozen"), dict(match=[], optimizer="adamw")]
+    run = config.load(TEXT, SMALL)
+    frozen = dataclasses.replace(
+        run, optim=config.from_dict(type(run.optim), {**config.to_dict(run.optim), "groups": groups}, "optim")
+    )
+    both, values = counted(run)["backbone"], counted(frozen)["backbone"]
+    weights = 3 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert values.forward == both.forward
+    # Gradients still pass through to what lies before it; those of its own weights are not made.
+    assert both.backward - values.backward == 2 * weights * 8 * 128
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("world_tiny", {"tower", "backbone", "synchronizer", "decoder", "head"}),
+        ("world_chatumm", {"tower", "backbone", "connector", "head"}),
+        ("world_unified_2", {"tower", "backbone", "connector", "masks", "head"}),
+    ],
+)
+def test_every_family_names_its_parts(name, parts):
+    work = counted(config.load(f"configs/{name}.py"))
+    assert parts <= set(work)
+    total = sum(one.total for one in work.values())
+    assert work.get(counting.OTHER, counting.Work()).total < 0.1 * total
+
+
+# --- topologies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, slices, chips_, wrap",
+    [
+        ("v5p:4x4x4", 1, 64, (True, True, True)),
+        ("v5p:2x2x1", 1, 4, (False, False, False)),
+        ("v5e:16x16", 2, 512, (True, True)),
+        ("v6e:8x16", 1, 128, (False, True)),
+    ],
+)
+def test_topologies(name, slices, chips_, wrap):
+    found = chips.topology(name, slices)
+    assert (found.chips, found.wrap, found.name) == (chips_, wrap, name)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("v5p", "write CHIP:SHAPE"),
+        ("v5q:4x4x4", "did you mean"),
+        ("v5p:4x4", "slices of v5p have the shape XxYxZ"),
+        ("v5e:32x32", "1 to 256 chips"),
+        ("v5e:0x4", "1 to 256 chips"),
+    ],
+)
+def test_what_is_no_topology(name, says):
+    with pytest.raises(ConfigError, match=says):
+        chips.topology(name)
+
+
+# --- what moves -----------------------------------------------------------------------------------------
+
+
+def test_collectives_are_told_by_axis():
+    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
+    ids = np.arange(16).reshape(2, 4, 2)
+    along = {
+        "fsdp": np.moveaxis(ids, 1, -1).reshape(-1, 4),
+        "tensor": ids.reshape(-1, 2),
+        "data x fsdp": np.moveaxis(ids, 2, 0).reshape(2, 8),
+        "none": ids.reshape(-1, 1),
+    }
+    for name, groups in along.items():
+        one = hlo.Collective("x", "all-gather", 8, 8, groups, 1)
+        assert estimate.axes_of(one, mesh) == name
+
+
+# --- sweeps --------------------------------------------------------------------------------------------
+
+
+def fake(run, limit: int):
+    """A report of a step that takes as long as it has rows, and fits up to `limit` of them a device."""
+    devices = run.mesh.data * run.mesh.fsdp * run.mesh.tensor
+    rows = run.data.batch_size // (run.mesh.data * run.mesh.fsdp)
+    facts = {"program": "train", "mesh": {"fsdp": devices}, "device": "chip", "placements": []}
+    facts |= {"memory": {"peak_memory": rows * 2**30}}
+    if rows > limit:
+        facts |= {"error": "too much", "needs": 2**40, "has": 2**30, "largest": []}
+        return estimate.Report("x", devices, facts, 1, None, {})
+    found = estimate.Estimate(1.0 + 0.5 * rows, 0.0, 0.0, 0.0)
+    tokens = run.data.batch_size * run.data.tokens
+    return estimate.Report("x", devices, facts, tokens, None, {}, estimate=found, utilisation=0.5)
+
+
+def test_a_sweep_finds_the_best_that_fits_and_does_not_try_what_cannot():
+    run, asked = config.load(TEXT, SMALL), []
+
+    def plan(one):
+        asked.append(one.data.batch_size)
+        return fake(one, limit=2)
+
+    choices = [sweep.Choice(mesh, rows, None) for mesh in sweep.meshes(8, [1], [1]) for rows in (1, 2, 4, 8)]
+    tried = list(sweep.sweep(run, choices, plan, lambda text: None))
+    assert asked == [8, 16, 32] and [t.why for t in tried] == ["", "", "does not fit", "4 rows do not fit"]
+    lines = sweep.table(tried)
+    assert len(lines) == 6 and lines[-1].startswith("best: fsdp 8, 2 rows a device")
+
+
+def test_a_sweep_sets_every_policy():
+    model = {"a": {"remat": "none", "b": [1]}, "remat": "full", "c": 3}
+    assert sweep.with_policy(model, "dots") == {"a": {"remat": "dots", "b": [1]}, "remat": "dots", "c": 3}
+    with pytest.raises(ConfigError, match="divides 8 devices"):
+        sweep.meshes(8, [3], [1])
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UMM_PLAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def overrides(*more: str) -> list[str]:
+    return [f"--config.{one}" for one in (*SMALL, *more)]
+
+
+def test_a_plan_for_the_devices_here(cache, tmp_path, capsys):
+    args = ["plan", f"--config={TEXT}", "--topology=local", f"--json={tmp_path / 'a.json'}"]
+    args += [f"--html={tmp_path / 'a.html'}", *overrides()]
+    assert cli.main(args) == 0
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["fits"] and found["estimate"] is None and "ESTIMATE" not in told
+    work = found["work"]["backbone"]
+    assert work["backward"] == 2 * work["forward"] > 0
+    assert found["facts"]["state_bytes"] >= 12 * found["facts"]["trained"]
+    page = (tmp_path / "a.html").read_text()
+    assert "Memory along the step" in page and "<script" not in page
+    # What says where a run goes does not have it compiled again; what is computed does.
+    before = sorted(cache.iterdir())
+    assert cli.main([*args, "--config.train.log_every=7"]) == 0
+    assert "kept from before" in capsys.readouterr().out and sorted(cache.iterdir()) == before
+    assert cli.main([*args, "--config.data.tokens=64"]) == 0
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_what_a_config_is_refused_for_is_said_in_one_line(cache, capsys):
+    args = ["plan", f"--config={TEXT}", "--topology=local", *overrides("data.batch_size=7", "mesh.fsdp=1")]
+    assert cli.main([*args, "--config.train.accumulate=2"]) == 2
+    told = capsys.readouterr().err
+    assert "does not divide" in told and "Traceback" not in told and told.count("\n") == 1
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_without_the_compiler_it_says_what_to_install(cache, monkeypatch, capsys):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", f"--config={TEXT}", "--topology=v5p:4x4x4"]) == 5
+    assert "make setup-plan" in capsys.readouterr().err
+
+
+def test_a_child_that_dies_is_told_of(monkeypatch):
+    done = compiling.subprocess.CompletedProcess(
+        [], 1, "", "Traceback\n  ...\numm_jax.errors.ConfigError: no such thing\n"
+    )
+    error = compiling._failure(done)
+    assert isinstance(error, ConfigError) and str(error) == "no such thing"
+    killed = compiling._failure(compiling.subprocess.CompletedProcess([], -9, "", ""))
+    assert isinstance(killed, UserError) and "signal 9" in str(killed)
