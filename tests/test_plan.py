@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from sharing import executed
 
 from umm_jax import cli, config, families, sharding
 from umm_jax.config import MeshConfig
@@ -83,6 +84,13 @@ def test_every_family_names_its_parts(name, parts):
     assert parts <= set(work)
     total = sum(one.total for one in work.values())
     assert work.get(counting.OTHER, counting.Work()).total < 0.1 * total
+
+
+@pytest.mark.parametrize("name", ["world_latent", "world_chatumm", "world_unified_2"])
+def test_devices_share_the_work(name):
+    """Of a batch split over eight devices each does an eighth: no part has lost the split on its way."""
+    found = executed(name, "data.batch_size=16")
+    assert 8 * found["8"] < 1.01 * found["1"]
 
 
 # --- topologies --------------------------------------------------------------------------------------------

@@ -203,6 +203,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
 
 
+def by_rows(x: jax.Array) -> jax.Array:
+    """:func:`constrain` of an array whose first dimension is of rows, or of images in the order of rows."""
+    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+
 def on_each_device(function: Callable, arrays: Any, axes: Any, out: Any, out_axes: Any) -> Any:
     """function(*arrays), run by each device on its own part: for what the compiler cannot split itself.
 

@@ -122,6 +122,7 @@ def environment(tpu: bool) -> dict[str, str]:
     if tpu:
         # No accelerator is looked for; two that compile at a time do not stop each other.
         found |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        found.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
         found |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     root = str(Path(__file__).resolve().parent.parent.parent)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))

@@ -29,7 +29,7 @@ from umm_jax.models.sampling import guided, make_schedule
 from umm_jax.models.tower import make_tower
 from umm_jax.models.unet import UNet
 from umm_jax.models.unet_sync import UNetSync
-from umm_jax.sharding import constrain
+from umm_jax.sharding import by_rows, constrain
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -82,20 +82,19 @@ class Context(nnx.Module):
             [B*I, S, D], zero beyond the conversation, and the mask [B*I, S]; S is the config's `length`, or T
             where that is less and the number need not be `fixed`.
         """
-        b, t, d = hidden.shape
+        _, t, d = hidden.shape
         length = self.config.length if fixed else min(self.config.length, t)
         columns = soi[..., None] - jnp.arange(length)
         mask = columns >= first[..., None]
-        rows = jnp.arange(b)[:, None, None]
         # Projected before they are copied out for each image, which multiplies them.
         states = hidden if self.proj is None else self.proj(hidden)
-        states = states[rows, jnp.maximum(columns, 0)]
+        states = _take(states, jnp.maximum(columns, 0))
         if self.positions is not None:
             table = self.positions[...][:length]
         else:
             table = jnp.asarray(sincos_1d(length, d))
         states = jnp.where(mask[..., None], states + table.astype(states.dtype), 0)
-        return states.reshape(-1, *states.shape[2:]), mask.reshape(-1, mask.shape[-1])
+        return _rows(states), _rows(mask)
 
 
 class MMInterleaved(nnx.Module):
@@ -132,7 +131,7 @@ class MMInterleaved(nnx.Module):
         """Images [B, I, h, w, 3], uint8 or in [0, 1] -> tokens [B, I, n, D] and maps [B, I, h_l, w_l, C]."""
         b, i = pixels.shape[:2]
         tower_key, resampler_key = (None, None) if key is None else jax.random.split(key)
-        x = constrain(pixels.reshape(b * i, *pixels.shape[2:]), "batch", None, None, None)
+        x = by_rows(pixels.reshape(b * i, *pixels.shape[2:]))
         seen = self.tower(_unit(x, self.dtype), key=tower_key)
         tokens, _ = self.visual_resampler(seen.tokens, None, key=resampler_key)
         tokens = L.part("connector")(self.visual_proj)(tokens)
@@ -344,14 +343,14 @@ class MMInterleaved(nnx.Module):
         pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
         latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, draws.posterior))
         given = (latents, self._image_weights(drawn), *self.decoder_inputs(drawn, hidden, maps, key))
-        again = lambda x: jnp.repeat(x, self.config.noise_draws, axis=0)  # noqa: E731
+        again = lambda x: by_rows(jnp.repeat(x, self.config.noise_draws, axis=0))  # noqa: E731
         latents, weights, condition, mask, values, seen = jax.tree.map(again, given)
         if self.config.uncond_prob:
             null = self.null_condition[...].astype(condition.dtype)
             condition = jnp.where(draws.drop[:, None, None], null, condition)
             mask = mask | draws.drop[:, None]
         noised = self.schedule.at(latents.astype(jnp.float32), draws.noise, draws.t)
-        out = self.predict(noised.x_t.astype(self.dtype), noised.t, condition, mask, values, seen)
+        out = self.predict(by_rows(noised.x_t.astype(self.dtype)), noised.t, condition, mask, values, seen)
         return Denoised(noised, out, condition, weights)
 
     def decoder_inputs(self, drawn: dict[str, jax.Array], hidden, maps, key=None):
@@ -394,12 +393,13 @@ class MMInterleaved(nnx.Module):
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [B, I, ...] at index [B, ...] -> [B, ..., ...]."""
-    return x[jnp.arange(len(x)).reshape(-1, *[1] * (index.ndim - 1)), index]
+    # Row by row, as the compiler is to split it: of one gather over all rows it would gather all rows first.
+    return jax.vmap(lambda row, at: row[at])(x, index)
 
 
 def _rows(x: jax.Array) -> jax.Array:
     """[B, K, ...] -> [B*K, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    return by_rows(x.reshape(-1, *x.shape[2:]))
 
 
 def _unit(pixels: jax.Array, dtype=jnp.float32) -> jax.Array:

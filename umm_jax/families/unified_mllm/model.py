@@ -23,7 +23,7 @@ from umm_jax.models.mask_loss import mask_losses
 from umm_jax.models.masks import stream
 from umm_jax.models.sam_encoder import Neck, SamEncoder
 from umm_jax.models.tower import make_tower
-from umm_jax.sharding import constrain
+from umm_jax.sharding import by_rows, constrain
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -128,7 +128,7 @@ class UnifiedMLLM(nnx.Module):
         """
         b, i = images["pixels"].shape[:2]
         flat = {name: a.reshape(b * i, *a.shape[2:]) for name, a in images.items()}
-        x = constrain(flat["pixels"], "batch", None, None, None)
+        x = by_rows(flat["pixels"])
         seen = self.tower(x.astype(self.dtype) / 255, key=key)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
         features = None
@@ -196,10 +196,12 @@ class UnifiedMLLM(nnx.Module):
         """Sums of both mask losses, and of the masks' IoU with their number."""
         real, columns = self._asked(batch)
         images, target = batch["masks"]["image"], batch["masks"]["target"]
-        rows = jnp.arange(len(columns))[:, None]
-        flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+        flat = lambda a: by_rows(a.reshape(-1, *a.shape[2:]))  # noqa: E731
         target, real = flat(target), flat(real).astype(jnp.float32)
-        logits = self.masks(flat(hidden[rows, columns]), flat(features[rows, images]), target.shape[-1])
+        # Row by row, so that the compiler splits them as it splits the rows.
+        pick = jax.vmap(lambda x, at: x[at])
+        hidden, features = pick(hidden, columns), pick(features, images)
+        logits = self.masks(flat(hidden), flat(features), target.shape[-1])
         entropy, dice = mask_losses(logits, target)
         found, wanted = logits > 0, target > 0
         both = jnp.sum(found & wanted, axis=(1, 2))
