@@ -20,10 +20,11 @@ from flax import nnx
 from test_sharding import on_eight_devices
 
 from umm_jax import config, sharding
-from umm_jax.errors import ConfigError, DataError, Interrupted, UserError
+from umm_jax.errors import BusyError, ConfigError, DataError, Interrupted, UserError
 from umm_jax.models.layers import Keys
 from umm_jax.train import loop, metrics, state, step
 from umm_jax.train.checkpoint import Checkpoints
+from umm_jax.train.lock import held
 from umm_jax.train.optimizer import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -417,3 +418,11 @@ def test_two_processes_of_four_devices_stop_together_go_on_and_equal_one_device(
     _, seen = run_steps(one, 6, toy.ModelConfig(noise=False))
     losses = np.reshape([float(s["scalars"]["loss"]) for s in seen], (3, 2)).mean(1)
     np.testing.assert_allclose([x["loss"] for x in log], losses, atol=1e-4)
+
+
+def test_a_folder_in_which_another_job_trains_is_refused(tmp_path):
+    run = toy.run_config(train={"steps": 2})
+    with held(tmp_path), pytest.raises(BusyError, match="another job"):
+        train(run, tmp_path)
+    train(run, tmp_path)
+    assert not (tmp_path / "run.lock").exists() and Checkpoints(tmp_path / "checkpoints").latest() == 2

@@ -303,6 +303,8 @@ class TrainConfig:
         loss: coefficient of each loss part.
         ema: decay of the averaged weights, or None.
         save_every, keep: checkpoint interval in steps and how many recent ones stay.
+        hang_minutes: where nothing comes to an end for so long, the process ends with status 75 and leaves in
+            the run's folder what every thread was doing; None waits for ever.
         eval_every: steps between in-training evaluations (0: never); eval_items: items per skill.
         init_from: run directory whose parameters start this one (by matching path), or "".
         objective: what is trained: "model" (the family's losses) or "autoencoder" (its image autoencoder).
@@ -317,6 +319,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     keep: int = 2
+    hang_minutes: float | None = 30.0
     eval_every: int = 0
     eval_items: int = 32
     init_from: str = ""
@@ -325,6 +328,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.save_every < 1:
             raise ConfigError("steps, accumulate, log_every and save_every must be positive")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise ConfigError(f"hang_minutes must be positive, or null; it is {self.hang_minutes}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, got {self.ema}")
 

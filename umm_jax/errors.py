@@ -8,6 +8,7 @@
 | CheckpointError | 4 | no checkpoint, or one of another config |
 | DeviceError | 5 | fewer devices than the mesh asks for |
 | StorageError | 6 | disk full or not writable; what was there before is still there |
+| BusyError | 7 | another job is writing the same run folder |
 | Interrupted | 130 | Ctrl-C or SIGTERM: stopped cleanly, resumable |
 """
 
@@ -40,6 +41,10 @@ class DeviceError(UserError):
 
 class StorageError(UserError):
     exit_status = 6
+
+
+class BusyError(UserError):
+    exit_status = 7
 
 
 class Interrupted(UserError):

@@ -23,9 +23,11 @@ from umm_jax.families.contract import ModelConfig
 from umm_jax.models import attention
 from umm_jax.train import state as states
 from umm_jax.train.checkpoint import Checkpoints, plain_config
+from umm_jax.train.lock import Lock, held
 from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress
 from umm_jax.train.optimizer import flatten, unflatten
 from umm_jax.train.step import make_step
+from umm_jax.train.watchdog import Watchdog
 
 # What a run may change when it is continued: how long, how often, where; not what a step computes. (A longer
 # run has a longer schedule: its rate goes on from where the new one stands at this step.)
@@ -34,6 +36,7 @@ CHANGEABLE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.hang_minutes",
     "train.eval_every",
     "train.eval_items",
     "data.prefetch",
@@ -67,15 +70,19 @@ def train(
 
     Raises:
         UserError: of the kind that says what is wrong. ``Interrupted`` after Ctrl-C or SIGTERM, with
-            everything saved.
+            everything saved. ``BusyError``: another job is training in `workdir`.
     """
-    started = time.perf_counter()
     workdir = _local(workdir, "--workdir")
+    with _alone(workdir) as lock:
+        return _train(run, workdir, on_eval, family or families.get(run.family), loader, lock)
+
+
+def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, lock: Lock | None):
+    started = time.perf_counter()
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  The run directory: one config for all of its life                       │
     # └──────────────────────────────────────────────────────────────────────────┘
-    family = family or families.get(run.family)
     model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
     _check_owner(workdir, run)
 
@@ -146,8 +153,14 @@ def train(
     meter, clock, progress = Meter(), Clock(), Progress(first, run.train.steps)
     logged = step
 
+    watchdog = Watchdog(
+        run.train.hang_minutes and 60 * run.train.hang_minutes, workdir, str(jax.process_index())
+    )
+
     def save():
         nonlocal saved
+        if lock is not None:
+            lock.check()
         meter.check()  # A state after a NaN must never push out a good one.
         checkpoints.save(step, state, loader.get_state(), identity)
         saved = step
@@ -158,6 +171,7 @@ def train(
                 state, metrics = compiled(state, batch)
                 step += 1
                 meter.add(step, metrics)
+                watchdog.alive(f"step {max(step - meter.ahead, 1)}")
                 meter.wait()
                 last = step == run.train.steps
                 log_now = last or step % run.train.log_every == 0
@@ -174,7 +188,7 @@ def train(
                     progress.log(step, line)
                     logged = step
                 if last or stop or step % run.train.save_every == 0:
-                    with clock.aside():
+                    with clock.aside(), watchdog.paused():
                         save()
                 if (
                     on_eval
@@ -182,7 +196,7 @@ def train(
                     and (last or step % run.train.eval_every == 0)
                     and not stop
                 ):
-                    with clock.aside():
+                    with clock.aside(), watchdog.paused():
                         now = time.perf_counter()
                         found = on_eval(step, states.eval_params(state, run.eval.weights))
                         line = {f"eval/{name}": float(value) for name, value in found.items()}
@@ -190,6 +204,7 @@ def train(
                 progress.step(step)
                 if last or stop:
                     break
+                watchdog.alive(f"the data of step {step + 1}")
                 with clock.input():
                     batch = sharding.put_batch(next(loader), mesh)
             # ┌──────────────────────────────────────────────────────────────────┐
@@ -202,6 +217,7 @@ def train(
             checkpoints.close()
         raise
     finally:
+        watchdog.close()
         progress.close()
         log.close()
         if hasattr(loader, "close"):
@@ -223,6 +239,16 @@ def _local(path: str | Path, name: str) -> Path:
             "give the path it is mounted at"
         )
     return Path(path)
+
+
+@contextmanager
+def _alone(workdir: Path) -> Iterator[Lock | None]:
+    """The run's lock, which the first process of a job holds for all of them."""
+    if jax.process_index() != 0:
+        yield None
+        return
+    with held(workdir) as lock:
+        yield lock
 
 
 def _check_owner(workdir: Path, run: RunConfig) -> None:

@@ -33,14 +33,14 @@ class Meter:
 
     def __init__(self, ahead: int = 2):
         self._pending: list[tuple[int, Any]] = []
-        self._ahead = ahead
+        self.ahead = ahead
 
     def add(self, step: int, metrics: Any) -> None:
         self._pending.append((step, metrics))
 
     def wait(self) -> None:
-        if len(self._pending) > self._ahead:
-            jax.block_until_ready(self._pending[-1 - self._ahead][1]["scalars"]["loss"])
+        if len(self._pending) > self.ahead:
+            jax.block_until_ready(self._pending[-1 - self.ahead][1]["scalars"]["loss"])
 
     def check(self) -> list[tuple[int, Any]]:
         """All pending metrics as numbers.

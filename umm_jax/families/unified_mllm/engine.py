@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen: scalars, see ``config.ReplySettings``; `least` [B] tokens before the end."""
+    """How a token is chosen: scalars; see ``config.ReplySettings``."""
 
     temperature: jax.Array
     top_p: jax.Array

@@ -142,7 +142,7 @@ class Replier:
         memory = self.engine.empty(len(rows), _up(room, self.round_tokens))
         memory = self.engine.read(memory, self._collate(streams))
         choice = map(jnp.float32, (settings.temperature, settings.top_p, settings.repetition_penalty))
-        sampling = Sampling(*choice, least=np.full(len(rows), settings.min_tokens, np.int32))
+        sampling = Sampling(*choice, least=jnp.int32(settings.min_tokens))
         budget, active = np.full(len(rows), settings.max_tokens), np.ones(len(rows), bool)
         stops = (self.serializer.end, *(self.closing if pictures else ()))
         while active.any():
@@ -150,7 +150,6 @@ class Replier:
                 memory, sampling, keys, active, budget, limit=settings.max_tokens, stops=stops
             )
             budget -= np.where(active, written.count, 0)
-            sampling = sampling._replace(least=sampling.least - written.count)
             for b in np.flatnonzero(active):
                 self._note(rows[b], written.ids[b, : written.count[b]].tolist(), written.stop[b])
             active &= (written.stop > END) & (budget > 0)
