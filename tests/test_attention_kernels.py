@@ -9,7 +9,8 @@ from mask_toy import random_spec
 from umm_jax.errors import ConfigError
 from umm_jax.models import attention, attention_gpu, attention_plain, attention_tpu
 from umm_jax.models.attention import attend
-from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, dense
+from umm_jax.models.layers import checkpoint_policy
+from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, dense, stream
 from umm_jax.models.mot import MixtureConfig
 
 
@@ -138,3 +139,18 @@ def test_an_unknown_implementation_is_refused():
     q = jnp.zeros((1, 2, 1, 8))
     with pytest.raises(ValueError, match="choose one of auto, blocks, kernels"):
         attend(q, q, q, implementation="flash")
+
+
+@pytest.mark.parametrize("policy, forwards", [("full", 2), ("dots_no_batch", 2), ("dots_attention", 1)])
+def test_a_policy_may_keep_what_attention_gives(policy, forwards):
+    """Then a rematerialised layer does not run it again, and the gradients are the same."""
+    q = jax.random.normal(jax.random.key(0), (2, 512, 2, 8))
+    mask = stream(jnp.ones((2, 512), jnp.int32))
+
+    def layer(q):
+        return jnp.sum(jnp.sin(attend(jnp.cos(q), q, q, (mask, mask))) ** 2)
+
+    made = jax.value_and_grad(jax.checkpoint(layer, policy=checkpoint_policy(policy)))
+    np.testing.assert_allclose(made(q)[1], jax.grad(layer)(q), rtol=1e-5, atol=1e-5)
+    # Weights are made once by each run of the forward pass, and once by the backward pass.
+    assert jax.jit(made).lower(q).as_text().count("stablehlo.exponential") == forwards + 1

@@ -10,7 +10,7 @@ from sharing import executed
 from umm_jax import cli, config, families, sharding
 from umm_jax.config import MeshConfig
 from umm_jax.errors import ConfigError, UserError
-from umm_jax.plan import chips, compiling, counting, estimate, hlo, sweep
+from umm_jax.plan import child, chips, compiling, counting, estimate, hlo, sweep
 
 TEXT = "configs/text_13b.py"
 SMALL = (
@@ -140,6 +140,40 @@ def test_collectives_are_told_by_axis():
     for name, groups in along.items():
         one = hlo.Collective("x", "all-gather", 8, 8, groups, 1)
         assert estimate.axes_of(one, mesh) == name
+
+
+NAMED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 8.00G
+     Operator: op_name="jit(step)/jvp(backbone)/dot_general"
+     Shape: bf16[40,4,2048,13824]{3,2,1,0}
+     Unpadded size: 8.00G
+"""
+PLAIN = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (425.59G) \
+exceeds available HBM (95.74G)."
+)
+
+
+@pytest.mark.parametrize("message, needs, has", [(NAMED, 17.25, 15.75), (PLAIN, 425.59, 95.74)])
+def test_what_a_compiler_says_that_ran_out_of_memory(message, needs, has):
+    found = child.exceeded(message)
+    assert (found["needs"] / 2**30, found["has"] / 2**30) == pytest.approx((needs, has))
+    if message is NAMED:
+        assert [(b["size"], b["shape"].split("{")[0]) for b in found["largest"]] == [
+            ("8.00G", "bf16[40,4,2048,13824]")
+        ]
+    facts = {"program": "train", "mesh": {"fsdp": 4}, "device": "TPU", "parameters": 1, "trained": 1}
+    facts |= {"state_bytes": 2**30, "error": message, "compile_seconds": 1.0, **found}
+    told = estimate.lines(estimate.Report("v5e:2x2", 4, facts, 1, None, {}))
+    assert "DOES NOT FIT" in told[2] and f"{needs - has:.2f} GiB too much" in told[2]
+
+
+def test_another_error_is_not_taken_for_too_little_memory():
+    assert child.exceeded("INTERNAL: Mosaic failed to compile TPU kernel") == {}
 
 
 # --- sweeps --------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def add(commands) -> None:
     p.add_argument("--tensor", default="1", help="with --sweep: sizes of the tensor axis")
     p.add_argument("--data", default="1", help="with --sweep: sizes of the data axis")
     p.add_argument(
-        "--remat", default="", help="with --sweep: of none, dots_no_batch, dots, full; the config's if empty"
+        "--remat",
+        default="",
+        help="with --sweep: of none, dots_attention, dots_no_batch, dots, full; the config's if empty",
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from umm_jax.models import attention_blocks, attention_gathered, attention_gpu, attention_plain, attention_tpu
 from umm_jax.models.attention_plain import cut, joined
-from umm_jax.models.layers import is_plain
+from umm_jax.models.layers import ATTENDED, is_plain
 from umm_jax.models.masks import MaskSpec, dense
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
@@ -157,7 +158,7 @@ def _remade_forward(q, k, v, mask, scale, implementation):
     # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
     # same in all of them, and would make and keep the masks of all blocks.
     tied, _ = jax.lax.optimization_barrier((mask, q))
-    out, total = jax.lax.platform_dependent(q, k, v, tied, **ways)
+    out, total = (checkpoint_name(x, ATTENDED) for x in jax.lax.platform_dependent(q, k, v, tied, **ways))
     return out, (q, k, v, mask, out, total)
 
 

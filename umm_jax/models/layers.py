@@ -74,6 +74,9 @@ def part(name: str):
     return jax.named_scope(name)
 
 
+# The name of what attention gives, for policies that keep it.
+ATTENDED = "attended"
+
 _PLAIN = contextvars.ContextVar("umm_jax_plain", default=False)
 
 
@@ -408,12 +411,17 @@ def scan(
 def checkpoint_policy(name: str):
     """What a rematerialised layer keeps.
 
-    ``full`` nothing, ``dots`` the outputs of matmuls, ``dots_no_batch`` those of matmuls with weights.
+    ``full`` nothing, ``dots`` the outputs of matmuls, ``dots_no_batch`` those of matmuls with weights,
+    ``dots_attention`` those and what large attention gives, so that it is not run again.
     """
+    rules = jax.checkpoint_policies
     policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_saveable,
-        "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": rules.nothing_saveable,
+        "dots": rules.dots_saveable,
+        "dots_no_batch": rules.dots_with_no_batch_dims_saveable,
+        "dots_attention": rules.save_from_both_policies(
+            rules.dots_with_no_batch_dims_saveable, rules.save_only_these_names(ATTENDED)
+        ),
     }
     if name not in policies:
         raise ValueError(f"remat policy {name!r} is unknown; choose one of none, {', '.join(policies)}")

@@ -116,18 +116,28 @@ def _write(folder: Path, name: str, made: tuple[Any, float], plan) -> None:
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1))
 
 
+# How the compiler says what it would need and what there is; the first names arrays, too.
+_EXCEEDED = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
+
+
 def exceeded(message: str) -> dict[str, Any]:
-    """What a compiler that ran out of a chip's memory says: {"needs", "has": bytes, "largest": lines}."""
+    """What a compiler that ran out of a chip's memory says: {"needs", "has": bytes, "largest": arrays}.
+
+    {} for any other message.
+    """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if not found:
+    found = next((hit for pattern in _EXCEEDED if (hit := pattern.search(message))), None)
+    if found is None:
         return {}
     needs, has = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
-    sizes = re.findall(r"Size: ([\d.]+[KMGT]?)\s+(?:Operator: (.*)\n)?\s*Shape: (.*)", message)
+    largest = re.findall(r"Size: ([\d.]+[KMGT]?)\s+(?:Operator: (.*)\n\s*)?Shape: (.*)", message)
     return {
         "needs": int(needs),
         "has": int(has),
-        "largest": [{"size": s, "op_name": o, "shape": shape} for s, o, shape in sizes[:20]],
+        "largest": [{"size": size, "op_name": name, "shape": shape} for size, name, shape in largest[:20]],
     }
 
 
