@@ -1,8 +1,10 @@
-"""A training step of a config at its real widths, lowered on eight devices that are not there.
+"""Training steps of configs at their real widths on eight virtual devices, each in a process of its own.
 
-python lowering.py CONFIG [OVERRIDE ...]     with eight virtual devices; prints what was lowered
+python lowering.py lowered CONFIG [OVERRIDE ...]      prints what was lowered
+python lowering.py executed CONFIG [OVERRIDE ...]     prints the FLOPs of a device, alone and of eight
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,11 +16,19 @@ MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 
 
 def lowered(name: str, *overrides: str) -> dict:
-    """What :func:`main` says of configs/NAME.py, run in a process of its own."""
+    """{"mesh", "whole": large arrays that no axis splits, "size" of the text, "split"} of configs/NAME.py."""
     mesh = [f"mesh.{axis}={size}" for axis, size in MESH.items()]
-    config = str(ROOT / "configs" / f"{name}.py")
+    return _apart("lowered", name, *overrides, *mesh, "data.batch_size=8")
+
+
+def executed(name: str, *overrides: str) -> dict[str, int]:
+    """{"1": FLOPs of one device that has the whole batch of configs/NAME.py, "8": of one of eight}."""
+    return _apart("executed", name, *overrides)
+
+
+def _apart(what: str, name: str, *overrides: str) -> dict:
     done = subprocess.run(
-        [sys.executable, __file__, config, *overrides, *mesh, "data.batch_size=8"],
+        [sys.executable, __file__, what, str(ROOT / "configs" / f"{name}.py"), *overrides],
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
@@ -33,21 +43,30 @@ def lowered(name: str, *overrides: str) -> dict:
     return json.loads(done.stdout)
 
 
-def main(path: str, *overrides: str) -> None:
+def main(what: str, path: str, *overrides: str) -> None:
+    import jax
 
-    from umm_jax import config, families, sharding
-    from umm_jax.train.state import plan
-    from umm_jax.train.step import abstract_batch, make_step
+    from umm_jax import config
+    from umm_jax.config import MeshConfig
+    from umm_jax.plan import counting, hlo
+    from umm_jax.plan.steps import train_step
 
     run = config.load(path, list(overrides))
-    family = families.get(run.family)
-    model = config.from_dict(family.config.ModelConfig, run.model, "config.model")
-    mesh = sharding.make_mesh(run.mesh)
-    described = plan(lambda rngs: family.model.build(model, rngs), run, mesh)
-    batch = abstract_batch(run, family.stream.spec(model), mesh)
-    text = make_step(described, run).lower(described.abstract, batch).as_text()
-    whole = [placement.path for placement in described.report().large_replicated]
-    print(json.dumps({"mesh": mesh.shape, "whole": whole, "size": len(text), "split": "sharding" in text}))
+
+    def flops(devices: int) -> int:
+        step = train_step(dataclasses.replace(run, mesh=MeshConfig(1, devices, 1)), jax.devices()[:devices])
+        # The optimizer of matrices works on whole ones, wherever they are.
+        by_name = hlo.parse(step.lower().compile().as_text()).flops_by_name().items()
+        return sum(n for name, n in by_name if counting.part_of(name) != counting.OPTIMIZER)
+
+    if what == "executed":
+        print(json.dumps({str(n): flops(n) for n in (1, 8)}))
+        return
+    step = train_step(run, jax.devices())
+    text = step.lower().as_text()
+    whole = [placement.path for placement in step.plan.report().large_replicated]
+    found = {"mesh": step.plan.mesh.shape, "whole": whole, "size": len(text), "split": "sharding" in text}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from sharing import executed
+from lowering import executed
 
-from umm_jax import cli, config, families, sharding
+from umm_jax import cli, config, sharding
 from umm_jax.config import MeshConfig
-from umm_jax.errors import ConfigError, UserError
-from umm_jax.plan import child, chips, compiling, counting, estimate, hlo, sweep
+from umm_jax.errors import ConfigError, DeviceError, UserError
+from umm_jax.models.attention import attend
+from umm_jax.models.layers import part
+from umm_jax.models.masks import stream
+from umm_jax.plan import child, chips, compiling, counting, estimate, hlo, steps, sweep
 
 TEXT = "configs/text_13b.py"
 SMALL = (
@@ -28,19 +35,8 @@ SMALL = (
 
 
 def counted(run) -> dict[str, counting.Work]:
-    import jax
-
-    from umm_jax.train import state
-    from umm_jax.train.step import abstract_batch, make_step
-
-    run = dataclasses.replace(run, mesh=MeshConfig(1, 1, 1))
-    family = families.get(run.family)
-    model = config.from_dict(family.config.ModelConfig, run.model, "model")
-    mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
-    plan = state.plan(lambda rngs: family.model.build(model, rngs), run, mesh)
-    return counting.model_flops(
-        make_step(plan, run), plan.abstract, abstract_batch(run, family.stream.spec(model), mesh)
-    )
+    alone = dataclasses.replace(run, mesh=MeshConfig(1, 1, 1))
+    return counting.model_flops(steps.train_step(alone, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -56,6 +52,15 @@ def test_a_language_model_costs_what_its_formula_says(remat):
     assert backbone.forward * 3 == backbone.total
     assert work["head"].total == 6 * tokens * width * vocab
     assert set(work) <= {"backbone", "head", "connector", "tower"}
+
+
+@pytest.mark.parametrize("name, share", [("backbone", 0.5), ("tower", 1.0), ("decoder", 1.0)])
+def test_half_of_attention_is_counted_in_a_backbone_only(name, share):
+    """A tower's mask may be given in the same way, and lets all of an image be read."""
+    read = stream(jnp.ones((2, 16), jnp.int32))
+    function = jax.jit(lambda q: part(name)(attend)(q, q, q, (read, read)))
+    step = steps.Step(None, function, (jax.ShapeDtypeStruct((2, 16, 4, 8), jnp.float32),))
+    assert counting.model_flops(step)[name].forward == share * 4 * 2 * 16 * 16 * 4 * 8
 
 
 def test_frozen_weights_have_no_gradients():
@@ -101,8 +106,8 @@ def test_devices_share_the_work(name):
     [
         ("v5p:4x4x4", 1, 64, (True, True, True)),
         ("v5p:2x2x1", 1, 4, (False, False, False)),
-        ("v5e:16x16", 2, 512, (True, True)),
-        ("v6e:8x16", 1, 128, (False, True)),
+        ("v5e:16x16", 2, 512, (True, True, False)),
+        ("v6e:8x16", 1, 128, (False, True, False)),
     ],
 )
 def test_topologies(name, slices, chips_, wrap):
@@ -245,6 +250,27 @@ def test_a_plan_for_the_devices_here(cache, tmp_path, capsys):
     assert "kept from before" in capsys.readouterr().out and sorted(cache.iterdir()) == before
     assert cli.main([*args, "--config.data.tokens=64"]) == 0
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed: make setup-plan")
+@pytest.mark.parametrize(
+    "topology, slices", [("v5e:2x2", 1), ("v5e:2x2", 2), ("v6e:2x2", 1), ("v5p:2x2x1", 1)]
+)
+def test_a_plan_for_chips_that_are_not_there(cache, tmp_path, topology, slices):
+    args = ["plan", f"--config={TEXT}", f"--topology={topology}", f"--slices={slices}"]
+    args += [f"--json={tmp_path / 'a.json'}", *overrides(f"mesh.data={slices}", "mesh.fsdp=4")]
+    assert cli.main(args) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["devices"] == 4 * slices and found["estimate"]["seconds"] > 0
+    assert found["facts"]["memory"]["peak_memory"] > found["facts"]["state_bytes"]
+    assert any(one["axes"] == "fsdp" for one in found["collectives"])
+    assert any("between slices" in note for note in found["notes"]) == (slices > 1)
+
+
+def test_slices_are_spanned_by_the_data_axis():
+    devices = [SimpleNamespace(slice_index=k // 4, platform="tpu") for k in range(8)]
+    with pytest.raises(DeviceError, match="multiple of 2; mesh.data is 1, 2 would do"):
+        sharding.make_mesh(MeshConfig(1, -1, 1), devices)
 
 
 def test_what_a_config_is_refused_for_is_said_in_one_line(cache, capsys):

@@ -4,7 +4,7 @@ Models name the dimensions of their parameters and of the activations that matte
 ``batch``, ...). :data:`RULES` says which mesh axes may split a name; :func:`spec` turns names and a shape
 into a PartitionSpec that always fits: no mesh axis twice, no axis that does not divide its dimension.
 
-    data     copies of the model, each with its share of the batch
+    data     copies of the model, each with its share of the batch; the axis that spans slices
     fsdp     splits batch and parameters; parameters are gathered where they are used
     tensor   splits the wide dimension of each matrix
 
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from umm_jax.config import MeshConfig, suggest
@@ -84,7 +85,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     need = math.prod(sizes)
     if need < have and jax.process_count() > 1:
         raise DeviceError(f"the mesh uses {need} of the job's {have} devices ({text}); {works}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:need])
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices[:need]})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:need])
+    if asked["data"] % slices:
+        near = math.ceil(asked["data"] / slices) * slices
+        raise DeviceError(
+            f"the data axis spans the {slices} slices, so its size must be a multiple of {slices}; "
+            f"mesh.data is {asked['data']}, {near} would do"
+        )
+    within, between = (asked["data"] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices[:need]), AXES, axis_types=types)
 
 
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("umm_jax_mesh", default=None)

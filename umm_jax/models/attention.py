@@ -35,8 +35,8 @@ BLOCK = 2**20
 # to be known of tokens. With fewer, that costs more than it saves: at 500 keys and 12 rows, 30 % of a step.
 LONG = 1024
 
-# The scope of attention of which half is counted, as is the custom where it is causal.
-HALF = "half"
+# The name of its products within ``layers.plainly``.
+SCOPE = "attention"
 
 IMPLEMENTATIONS = ("auto", "blocks", "kernels")
 
@@ -89,7 +89,7 @@ def attend(
     q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if is_plain():
-        with jax.named_scope(HALF if _is_stream(mask, t, s) else "whole"):
+        with jax.named_scope(SCOPE):
             dense_mask = dense(*mask) if isinstance(mask, tuple) else mask
             out = attention_plain.attended(q, k, v, dense_mask, scale)
     elif b * n * t * s <= KEPT:
@@ -97,11 +97,6 @@ def attend(
     else:
         out = _remade(q, k, v, mask, scale, implementation)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
-
-
-def _is_stream(mask, t: int, s: int) -> bool:
-    """Whether a mask lets tokens of one stream read each other, so that about half of the square is read."""
-    return isinstance(mask, tuple) or (mask is not None and mask.shape[1] == t == s and t > 1)
 
 
 def _queries(t: int, per_query: int) -> int:

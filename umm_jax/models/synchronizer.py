@@ -227,6 +227,7 @@ class BackboneSync(nnx.Module):
         self.core = Synchronizer(config, rngs=rngs)
         self.gate = param(rngs, (1,), (None,), layers.zeros)
 
+    @part("synchronizer")
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`."""
         return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)
@@ -269,6 +270,7 @@ class DecoderSync(nnx.Module):
         self.conv = Linear(config.d_out, width, axes=("conv_in", "conv_out"), init=init, rngs=rngs)
         self.gate = param(rngs, (width,), ("conv_out",), layers.constant(out_init)) if out_init else None
 
+    @part("synchronizer")
     def project(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Values to sample, see :meth:`Synchronizer.project`; the same at every sampling step."""
         return layers.lean(lambda *maps: self.core.project([self.map_norm(m) for m in maps]))(*maps)

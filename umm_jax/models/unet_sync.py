@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from umm_jax.models.layers import Modules, part
+from umm_jax.models.layers import Modules
 from umm_jax.models.synchronizer import DecoderSync, SynchronizerConfig
 
 
@@ -82,7 +82,6 @@ class UNetSync(nnx.Module):
         """Maps, [B, N, h, w, C] a level, to what each place samples; the same at every sampling step."""
         return [sync.project(maps) for sync in (*self.down, self.mid)]
 
-    @part("synchronizer")
     def __call__(
         self, skips: Sequence[jax.Array], mid: jax.Array, values: Sequence[jax.Array], visible: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:

@@ -2,8 +2,8 @@
 
     python -m umm_jax.plan.child REQUEST OUT
 
-REQUEST is a JSON file, see ``compiling.Request``. For each program it asks for, OUT gets NAME.json, what is
-known of it, and NAME.txt.gz, its text.
+REQUEST is a JSON file, see ``compiling.compiled``. OUT gets train.json, what is known of the program,
+train.txt.gz, its text, and work.json, the model FLOPs of each part.
 """
 
 import dataclasses
@@ -21,23 +21,22 @@ def main(request: str, out: str) -> None:
     import jax
 
     from umm_jax import config as configs
-    from umm_jax import families, sharding
+    from umm_jax.config import MeshConfig
     from umm_jax.plan import chips
-    from umm_jax.train import state as states
+    from umm_jax.plan.counting import model_flops
+    from umm_jax.plan.steps import train_step
 
     asked, folder = json.loads(Path(request).read_text()), Path(out)
     run = configs.from_dict(configs.RunConfig, asked["config"], "config")
-    family = families.get(run.family)
-    model = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
     if asked["topology"] is None:
         devices = jax.devices()
     else:
         devices = _devices(chips.topology(asked["topology"], asked["slices"]))
-    mesh = sharding.make_mesh(run.mesh, devices)
-    plan = states.plan(lambda rngs: family.model.build(model, rngs), run, mesh)
-    spec = family.stream.spec(model)
-    _write(folder, "train", _train(run, plan, spec, mesh), plan)
-    (folder / "work.json").write_text(json.dumps(_work(run, family, model, spec), indent=1))
+    _write(folder, "train", train_step(run, devices))
+    # Work is counted where it is whole: on one device.
+    alone = train_step(dataclasses.replace(run, mesh=MeshConfig(1, 1, 1)), jax.devices("cpu")[:1])
+    work = {part: dataclasses.asdict(w) for part, w in model_flops(alone).items()}
+    (folder / "work.json").write_text(json.dumps(work, indent=1))
 
 
 def _devices(topology) -> list:
@@ -50,35 +49,13 @@ def _devices(topology) -> list:
     return found.devices
 
 
-def _train(run, plan, spec, mesh):
-    from umm_jax.train.step import abstract_batch, make_step
+def _write(folder: Path, name: str, step) -> None:
+    import jax
 
     began = time.perf_counter()
-    lowered = make_step(plan, run).lower(plan.abstract, abstract_batch(run, spec, mesh))
-    return lowered, time.perf_counter() - began
-
-
-def _work(run, family, model, spec) -> dict[str, dict[str, float]]:
-    """Model FLOPs of a step, {part: {"forward", "backward"}}, counted where it is whole: on one device."""
-    import jax
-
-    from umm_jax import sharding
-    from umm_jax.config import MeshConfig
-    from umm_jax.plan.counting import model_flops
-    from umm_jax.train import state as states
-    from umm_jax.train.step import abstract_batch, make_step
-
-    alone = dataclasses.replace(run, mesh=MeshConfig(1, 1, 1))
-    mesh = sharding.make_mesh(alone.mesh, jax.devices("cpu")[:1])
-    plan = states.plan(lambda rngs: family.model.build(model, rngs), alone, mesh)
-    found = model_flops(make_step(plan, alone), plan.abstract, abstract_batch(alone, spec, mesh))
-    return {part: dataclasses.asdict(work) for part, work in found.items()}
-
-
-def _write(folder: Path, name: str, made: tuple[Any, float], plan) -> None:
-    import jax
-
-    lowered, lower_seconds = made
+    lowered = step.lower()
+    lower_seconds = time.perf_counter() - began
+    plan = step.plan
     mesh, report = plan.mesh, plan.report()
     device = mesh.devices.flat[0]
     facts = {
@@ -109,8 +86,6 @@ def _write(folder: Path, name: str, made: tuple[Any, float], plan) -> None:
             key: int(getattr(memory, f"{key}_in_bytes", 0))
             for key in ("argument_size", "output_size", "alias_size", "temp_size", "peak_memory")
         } | {"host_temp_size": int(getattr(memory, "host_temp_size_in_bytes", 0))}
-        cost = compiled.cost_analysis() or {}
-        facts["reported"] = {key: float(cost[key]) for key in ("flops", "bytes accessed") if key in cost}
         with gzip.open(folder / f"{name}.txt.gz", "wt", compresslevel=4) as file:
             file.write(compiled.as_text())
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1))

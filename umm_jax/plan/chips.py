@@ -41,9 +41,6 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 448e9, 2, 256),
 }
 
-# Bytes/s between slices for each chip: four chips of a host share a network of 200 Gbit/s. Assumed.
-BETWEEN_SLICES = 200e9 / 8 / 4
-
 
 @dataclass(frozen=True)
 class Topology:
@@ -63,14 +60,17 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     @property
-    def wrap(self) -> tuple[bool, ...]:
-        """Which dimensions close to a ring. Without rings the compiler gathers by adding, at twice the cost.
+    def wrap(self) -> tuple[bool, bool, bool]:
+        """Which dimensions close to a ring, of three whatever the shape.
+
+        Without rings the compiler gathers by adding, at twice the cost.
 
         Cubes of v4 and v5p do where every side is a multiple of four; a side of v5e and v6e where it is 16.
         """
         if self.chip.dims == 3:
             return (all(side % 4 == 0 for side in self.shape),) * 3
-        return tuple(side == 16 for side in self.shape)
+        x, y = self.shape
+        return x == 16, y == 16, False
 
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"

@@ -4,7 +4,6 @@ libtpu takes over a process that loads it, so it is never loaded here: the child
 JAX runs on the CPU and libtpu only compiles.
 """
 
-import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -28,7 +27,15 @@ from umm_jax.plan.chips import Topology
 # What says how long, how often and where a run goes, and not what is compiled.
 _NOT_COMPILED = ("eval", "reply", "world")
 _NOT_OF_DATA = ("sources", "tokenizer", "workers", "prefetch", "shuffle_seed", "licenses")
-_NOT_OF_TRAINING = ("init_from", "log_every", "save_every", "keep", "eval_every", "eval_items")
+_NOT_OF_TRAINING = (
+    "init_from",
+    "log_every",
+    "save_every",
+    "keep",
+    "hang_minutes",
+    "eval_every",
+    "eval_items",
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UMM_PLAN_CACHE") or Path(base) / "umm_jax" / "plan")
 
 
-def compiled(
-    run: RunConfig, topology: Topology | None, *, name: str = "train", cache: Path | None = None
-) -> Compiled:
-    """The program `name` of `run` for a topology, or for the devices of this machine where it is None.
+def compiled(run: RunConfig, topology: Topology | None) -> Compiled:
+    """The training step of `run` for a topology, or for the devices of this machine where it is None.
 
     Raises:
         DeviceError: no libtpu to compile for a TPU with.
@@ -70,15 +75,15 @@ def compiled(
         "topology": topology and topology.name,
         "slices": topology.slices if topology else 1,
     }
-    folder = (cache or cache_folder()) / _key(request)
-    known = (folder / f"{name}.json").is_file()
+    folder = cache_folder() / _key(request)
+    known = folder.is_dir()
     if not known:
         _compile(request, folder)
-    facts = json.loads((folder / f"{name}.json").read_text())
+    facts = json.loads((folder / "train.json").read_text())
     work = json.loads((folder / "work.json").read_text())
     program = None
     if "error" not in facts:
-        with gzip.open(folder / f"{name}.txt.gz", "rt") as file:
+        with gzip.open(folder / "train.txt.gz", "rt") as file:
             program = hlo.parse(file.read())
     elif "needs" not in facts:
         raise UserError(f"the compiler refused the program: {facts['error'].strip().splitlines()[0]}")
@@ -109,7 +114,8 @@ def _key(request: dict[str, Any]) -> str:
 def _code() -> str:
     """A digest of the files a program is traced from."""
     root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
-    rooms = ("models", "families", "train", "plan", "sharding.py", "compiler.py", "config.py", "stream.py")
+    rooms = ("models", "families", "train", "plan", "data/packing.py")
+    rooms += ("sharding.py", "compiler.py", "config.py", "stream.py")
     for room in rooms:
         for path in sorted((root / room).rglob("*.py")) if (root / room).is_dir() else [root / room]:
             digest.update(path.read_bytes())
@@ -161,10 +167,3 @@ def _failure(done: subprocess.CompletedProcess) -> UserError:
     if done.returncode < 0:
         return UserError(f"the compiler was killed (signal {-done.returncode}): is there memory enough?")
     return UserError(f"the compiler failed: {lines[-1]}")
-
-
-def replaced(run: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """`run` with values of some sections changed: replaced(run, mesh={"fsdp": 4}, data={...})."""
-    return dataclasses.replace(
-        run, **{name: dataclasses.replace(getattr(run, name), **new) for name, new in sections.items()}
-    )

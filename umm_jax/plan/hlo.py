@@ -273,7 +273,7 @@ class Program:
 
         Those of Pallas kernels and of communication are not among them.
         """
-        return sum(count * (one.cycles or 0) for _, one, count in self.scheduled())
+        return sum(self.cycles_by_name().values())
 
     def cycles_by_name(self) -> dict[str, int]:
         """{op_name: cycles} of the same."""

@@ -52,27 +52,16 @@ class Replay:
     timeline: tuple[int, ...]
     largest: tuple[Buffer, ...]
 
-    @property
-    def peak(self) -> int:
-        return max(self.timeline, default=0)
-
 
 def replay(program: Program, keep: int = 20) -> Replay:
     """Follows the schedule of `program`; `keep`: how many of the largest buffers are named."""
-    timeline, buffers = _walk(program, program.entry)
-    if not timeline:
-        return Replay((), ())
-    top = max(range(len(timeline)), key=timeline.__getitem__)
-    alive = [b for b in buffers if b.born <= top <= b.dies]
-    # The widest loop at that time: what lives in it is of interest, too.
-    entry = program.computations[program.entry].instructions[top]
-    for inner in _inside(entry, program):
-        alive += _alive_at_peak(program, inner)
-    alive.sort(key=lambda b: -b.bytes)
+    timeline, _ = _walk(program, program.entry)
+    alive = sorted(_alive_at_peak(program, program.entry), key=lambda b: -b.bytes)
     return Replay(tuple(timeline), tuple(alive[:keep]))
 
 
 def _alive_at_peak(program: Program, name: str) -> list[Buffer]:
+    """What lives when a computation is at its widest, and in the loops that run then when they are."""
     timeline, buffers = _walk(program, name)
     if not timeline:
         return []

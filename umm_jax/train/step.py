@@ -145,7 +145,7 @@ def _accumulate(differentiate, trainable, frozen, batch, weights, key, parts: in
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def one(rows, index):
-        rows = jax.tree.map(lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), rows)
+        rows = jax.tree.map(sharding.by_rows, rows)
         (loss, sums), grads = differentiate(trainable, frozen, rows, weights, jax.random.fold_in(key, index))
         return loss, sums, grads
 
