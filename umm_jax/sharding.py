@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from umm_jax.config import MeshConfig, suggest
 from umm_jax.errors import ConfigError, DeviceError
@@ -63,40 +63,57 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         DeviceError: fewer devices than asked for, or a number that the fixed axes do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
+    have = len(devices)
+    sizes = _sizes(config, have, devices[0].platform if devices else "no")
+    need = math.prod(sizes)
+    text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+    if need < have and jax.process_count() > 1:
+        raise DeviceError(f"the mesh uses {need} of the job's {have} devices ({text}); {_works(have)}")
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices[:need]})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:need])
+    if sizes[0] % slices:
+        near = math.ceil(sizes[0] / slices) * slices
+        raise DeviceError(
+            f"the data axis spans the {slices} slices, so its size must be a multiple of {slices}; "
+            f"mesh.data is {sizes[0]}, {near} would do"
+        )
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices[:need]), AXES, axis_types=types)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh that :func:`make_mesh` would make of so many devices of one slice: for placements, not to compute.
+
+    Raises:
+        DeviceError: as :func:`make_mesh`.
+    """
+    return AbstractMesh(_sizes(config, devices, "no"), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _works(have: int) -> str:
+    return f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 uses whatever there is ({have} here)"
+
+
+def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, int, int]:
+    """Sizes of the axes on `have` devices, the free one (-1) as large as they allow."""
     asked = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in asked.values() if size != -1)
-    have = len(devices)
     text = " x ".join(f"{name} {size}" for name, size in asked.items() if size != -1)
-    works = f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 uses whatever there is ({have} here)"
     if fixed > have:
-        kind = devices[0].platform if devices else "no"
         raise DeviceError(
-            f"the mesh asks for {fixed} devices ({text}) and there are {have} ({kind}); {works}"
+            f"the mesh asks for {fixed} devices ({text}) and there are {have} ({kind}); {_works(have)}"
         )
     free = [name for name, size in asked.items() if size == -1]
     if free:
         if have % fixed:
             raise DeviceError(
                 f"{have} devices do not divide into {text} = {fixed}, so mesh.{free[0]}=-1 has no answer; "
-                f"{works}, or set mesh.{free[0]}={have // fixed} to use {have // fixed * fixed} of them"
+                f"{_works(have)}, or set mesh.{free[0]}={have // fixed} to use {have // fixed * fixed} of them"
             )
         asked[free[0]] = have // fixed
-    sizes = tuple(asked.values())
-    need = math.prod(sizes)
-    if need < have and jax.process_count() > 1:
-        raise DeviceError(f"the mesh uses {need} of the job's {have} devices ({text}); {works}")
-    types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices[:need]})
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:need])
-    if asked["data"] % slices:
-        near = math.ceil(asked["data"] / slices) * slices
-        raise DeviceError(
-            f"the data axis spans the {slices} slices, so its size must be a multiple of {slices}; "
-            f"mesh.data is {asked['data']}, {near} would do"
-        )
-    within, between = (asked["data"] // slices, *sizes[1:]), (slices, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices[:need]), AXES, axis_types=types)
+    return asked["data"], asked["fsdp"], asked["tensor"]
 
 
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("umm_jax_mesh", default=None)
@@ -218,6 +235,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def by_rows(x: jax.Array) -> jax.Array:
     """:func:`constrain` of an array whose first dimension is of rows, or of images in the order of rows."""
     return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+
+def rows_here(rows: int) -> int:
+    """Of a dimension of `rows` named "batch", how many a device holds on the mesh of :func:`use`."""
+    mesh = _MESH.get()
+    if mesh is None:
+        return rows
+    return NamedSharding(mesh, spec(("batch",), (rows,), mesh)).shard_shape((rows,))[0]
 
 
 def on_each_device(function: Callable, arrays: Any, axes: Any, out: Any, out_axes: Any) -> Any:

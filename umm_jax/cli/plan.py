@@ -26,6 +26,11 @@ def add(commands) -> None:
     p.add_argument(
         "--slices", type=positive, default=1, help="slices of that shape; the data axis spans them"
     )
+    p.add_argument(
+        "--placements",
+        action="store_true",
+        help="print where every parameter lies instead, without compiling",
+    )
     p.add_argument("--json", metavar="FILE", help="write all that was found there")
     p.add_argument("--html", metavar="FILE", help="write a page with a memory timeline and a roofline there")
     p.add_argument("--sweep", action="store_true", help="try meshes, rows and policies; print a table")
@@ -46,6 +51,13 @@ def _plan(args) -> None:
 
     run = config.load(args.config, args.overrides)
     topology = None if args.topology == "local" else chips.topology(args.topology, args.slices)
+    if args.placements:
+        import jax
+
+        from umm_jax.plan import steps
+
+        print(steps.placements(run, topology.chips if topology else jax.device_count()))
+        return
     if args.sweep:
         _sweep(args, run, topology)
         return

@@ -34,11 +34,13 @@ import jax.numpy as jnp
 from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
 from umm_jax.models.layers import is_plain
+from umm_jax.sharding import rows_here
 
 Sides = Sequence[int | tuple[int, int]]
 
-# Largest dense map of one row, in elements (64 MiB in float32); more queries are taken in turns.
-HAT_BUDGET = 2**24
+# Largest dense map that a device holds, all its rows together, in elements (256 MiB in bfloat16); more queries
+# are taken in turns.
+HAT_BUDGET = 2**27
 
 
 def sample(
@@ -223,7 +225,7 @@ def _hats(values, locations, weights, shapes):
     values = jnp.moveaxis(values, 3, 1)
     locations = jnp.transpose(locations, (0, 3, 1, 2, 4, 5, 6))
     weights = jnp.transpose(weights, (0, 3, 1, 2, 4, 5))
-    per_query = heads * values.shape[2] * values.shape[3]
+    per_query = rows_here(b) * heads * values.shape[2] * values.shape[3]
     size = _turn(q, max(1, HAT_BUDGET // per_query))
     if size == q:
         out = _dense(values, locations, weights, shapes)

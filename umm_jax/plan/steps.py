@@ -23,6 +23,19 @@ class Step(NamedTuple):
         return self.function.lower(*self.arguments)
 
 
+def placements(run: RunConfig, devices: int) -> sharding.Report:
+    """Where every parameter of `run` lies on so many devices, none of which is needed.
+
+    Raises:
+        ConfigError, DeviceError: what a run of it would be refused for.
+    """
+    family = families.get(run.family)
+    model = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
+    mesh = sharding.abstract_mesh(run.mesh, devices)
+    _, _, params = states.abstract_params(lambda rngs: family.model.build(model, rngs), mesh)
+    return sharding.report(params, jax.tree.map(lambda leaf: leaf.sharding, params), mesh)
+
+
 def train_step(run: RunConfig, devices: Sequence[jax.Device]) -> Step:
     """The training step of `run` on some devices, which need not be there.
 
