@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -303,6 +304,11 @@ class TrainConfig:
         loss: coefficient of each loss part.
         ema: decay of the averaged weights, or None.
         save_every, keep: checkpoint interval in steps and how many recent ones stay.
+        keep_every, keep_best: checkpoints at multiples of so many steps stay for good (0: none), and so do
+            the best by eval/NAME of in-training evaluation: "NAME 2" keeps two, "-NAME 1" the least.
+        anomaly: what is done where a loss or gradient norm is not finite, see ``train.anomalies``.
+        spike: where set, a loss so many standard deviations above those of the last steps is an anomaly too.
+        profile: "100:105" writes a profile of these steps to the run's folder; SIGUSR1 asks for five at once.
         hang_minutes: where nothing comes to an end for so long, the process ends with status 75 and leaves in
             the run's folder what every thread was doing; None waits for ever.
         eval_every: steps between in-training evaluations (0: never); eval_items: items per skill.
@@ -319,6 +325,11 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     keep: int = 2
+    keep_every: int = 0
+    keep_best: str = ""
+    anomaly: typing.Literal["stop", "skip", "rollback"] = "stop"
+    spike: float | None = None
+    profile: str = ""
     hang_minutes: float | None = 30.0
     eval_every: int = 0
     eval_items: int = 32
@@ -328,6 +339,16 @@ class TrainConfig:
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.save_every < 1:
             raise ConfigError("steps, accumulate, log_every and save_every must be positive")
+        if self.keep_every < 0:
+            raise ConfigError(f"keep_every must be 0 or positive, it is {self.keep_every}")
+        if self.keep_best and not re.fullmatch(r"-?[^\s-]\S* [1-9]\d*", self.keep_best):
+            raise ConfigError(
+                f'keep_best: expected a name and a number such as "turns 2"; got {self.keep_best!r}'
+            )
+        if self.spike is not None and self.spike <= 0:
+            raise ConfigError(f"spike must be positive, or null; it is {self.spike}")
+        if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):
+            raise ConfigError(f'profile: expected steps such as "100:105"; got {self.profile!r}')
         if self.hang_minutes is not None and self.hang_minutes <= 0:
             raise ConfigError(f"hang_minutes must be positive, or null; it is {self.hang_minutes}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -9,7 +9,8 @@
 | DeviceError | 5 | fewer devices than the mesh asks for |
 | StorageError | 6 | disk full or not writable; what was there before is still there |
 | BusyError | 7 | another job is writing the same run folder |
-| Interrupted | 130 | Ctrl-C or SIGTERM: stopped cleanly, resumable |
+| Interrupted | 130 | Ctrl-C: stopped cleanly, resumable |
+| Preempted | 143 | SIGTERM, as a machine that is taken away sends it: stopped cleanly, to be started again |
 """
 
 
@@ -49,3 +50,7 @@ class BusyError(UserError):
 
 class Interrupted(UserError):
     exit_status = 130
+
+
+class Preempted(Interrupted):
+    exit_status = 143

@@ -84,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh that :func:`make_mesh` would make of so many devices of one slice: for placements, not to compute.
+    """As :func:`make_mesh` of so many devices of one slice, to tell placements and not to compute.
 
     Raises:
         DeviceError: as :func:`make_mesh`.
@@ -109,8 +109,9 @@ def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, int, int]:
     if free:
         if have % fixed:
             raise DeviceError(
-                f"{have} devices do not divide into {text} = {fixed}, so mesh.{free[0]}=-1 has no answer; "
-                f"{_works(have)}, or set mesh.{free[0]}={have // fixed} to use {have // fixed * fixed} of them"
+                f"{have} devices do not divide into {text} = {fixed}, so mesh.{free[0]}=-1 has no "
+                f"answer; {_works(have)}, or set mesh.{free[0]}={have // fixed} to use "
+                f"{have // fixed * fixed} of them"
             )
         asked[free[0]] = have // fixed
     return asked["data"], asked["fsdp"], asked["tensor"]

@@ -29,6 +29,12 @@ def add(commands) -> None:
     p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
     p.add_argument("--again", action="store_true", help="judge anew what was already judged")
 
+    p = command(
+        commands, "replay", _replay, "Say which rows of a batch that went wrong have what loss, part by part."
+    )
+    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
+    p.add_argument("--step", type=positive, required=True, help="the step that went wrong")
+
     p = command(commands, "report", _report, "Write report.json and report.html of a judged run.")
     p.add_argument("--run", dest="folder", required=True, help="folder of the run")
 
@@ -91,6 +97,16 @@ def _eval(args) -> None:
             again=args.again,
         )
     print(runner.summary(results))
+
+
+def _replay(args) -> None:
+    from umm_jax.train import anomalies
+
+    before, rows = anomalies.replay(args.folder, args.step)
+    print(f"the batch of step {args.step} with the parameters of step {before}")
+    for row in rows:
+        parts = [f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in row.items()]
+        print("  ".join(parts))
 
 
 def _report(args) -> None:

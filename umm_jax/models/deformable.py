@@ -38,9 +38,9 @@ from umm_jax.sharding import rows_here
 
 Sides = Sequence[int | tuple[int, int]]
 
-# Largest dense map that a device holds, all its rows together, in elements (256 MiB in bfloat16); more queries
+# Largest dense map that a device holds, all its rows together, in elements (32 MiB in bfloat16); more queries
 # are taken in turns.
-HAT_BUDGET = 2**27
+HAT_BUDGET = 2**24
 
 
 def sample(

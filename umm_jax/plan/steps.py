@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from umm_jax import config as configs
 from umm_jax import families, sharding
@@ -47,4 +48,6 @@ def train_step(run: RunConfig, devices: Sequence[jax.Device]) -> Step:
     mesh = sharding.make_mesh(run.mesh, devices)
     plan = states.plan(lambda rngs: family.model.build(model, rngs), run, mesh)
     batch = abstract_batch(run, family.stream.spec(model), mesh)
-    return Step(plan, make_step(plan, run), (plan.abstract, batch))
+    limit = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+    arguments = (plan.abstract, batch, *(limit,) * (run.train.anomaly == "skip"))
+    return Step(plan, make_step(plan, run), arguments)

@@ -13,10 +13,12 @@ writer removes. Restoring is always to shapes that carry *our* sharding, so the 
 """
 
 import errno
+import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from umm_jax import config as configs
 from umm_jax import families, sharding
@@ -49,18 +52,33 @@ class Checkpoints:
 
     Args:
         keep: how many recent ones stay; older ones are removed once a newer one is complete.
+        every: those of steps that it divides stay for good (0: none).
+        best: (score, number): so many of largest score stay; score(step) is None where it is not known.
         read_only: for everyone but the training run: nothing is created, removed or tidied.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        every: int = 0,
+        best: tuple[Callable[[int], float | None], int] | None = None,
+        read_only: bool = False,
+    ):
         self.directory = Path(directory).absolute()
         self.read_only = read_only
+        self._stay = _Stay(keep, every, best)
+        self._open()
+
+    def _open(self) -> None:
+        read_only = self.read_only
         self._manager = None
         if read_only and not self.directory.is_dir():
             return
         quiet_orbax()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=None if read_only else self._stay,
             read_only=read_only,
         )
         try:
@@ -88,14 +106,29 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
+    def reopen(self) -> None:
+        """Forgets a save that failed: what is complete is looked up again, what is not is removed."""
+        with suppress(Exception):
+            self._manager.close()
+        self._open()
+
     # --- writing --------------------------------------------------------------------------------
 
-    def save(self, step: int, state: TrainState, iterator: Any, config: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        iterator: Any,
+        config: Mapping[str, Any],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts saving `state`, which may be given up afterwards; waits for the save before it.
 
         Args:
             iterator: this process's position in the data, JSON-able.
             config: plain form of the run's config; restoring compares its "family" and "model".
+            notes: what else a resumed run must know, JSON-able and the same on every process. The versions of
+                the code are put beside it.
 
         Raises:
             StorageError: not enough room, or an earlier save in the background failed.
@@ -104,7 +137,9 @@ class Checkpoints:
         self._check_room(state)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            iterator=ocp.args.JsonSave({"processes": _of_all_processes(iterator)}),
+            iterator=ocp.args.JsonSave(
+                {"processes": _of_all_processes(iterator), "notes": dict(notes or {}), "code": code()}
+            ),
             config=ocp.args.JsonSave(dict(config)),
         )
         try:
@@ -168,6 +203,11 @@ class Checkpoints:
                 "with train.init_from"
             )
         return state, processes[jax.process_index()]
+
+    def notes(self, step: int | None = None) -> Mapping[str, Any]:
+        """The `notes` given to :meth:`save`."""
+        args = ocp.args.Composite(iterator=ocp.args.JsonRestore())
+        return self._manager.restore(self.choose(step), args=args).iterator.get("notes", {})
 
     def restore_params(
         self,
@@ -266,6 +306,29 @@ class Checkpoints:
         """{path: shape} of "params" or "ema" in the checkpoint of `step`."""
         tree = self._manager.item_metadata(step).state.tree
         return {path: tuple(leaf.shape) for path, leaf in flatten(tree.get(section) or {}).items()}
+
+
+class _Stay(preservation_policy.PreservationPolicy):
+    """Which complete checkpoints stay when another one is."""
+
+    def __init__(self, recent: int, every: int, best: tuple[Callable[[int], float | None], int] | None):
+        self.recent, self.every, self.best = recent, every, best
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        stay = set(sorted(steps)[-self.recent :])
+        if self.every:
+            stay |= {step for step in steps if step % self.every == 0}
+        if self.best is not None:
+            score, number = self.best
+            scores = {step: found for step in steps if (found := score(step)) is not None}
+            stay |= set(sorted(scores, key=lambda step: (-scores[step], step))[:number])
+        return [step in stay for step in steps]
+
+
+def code() -> dict[str, str]:
+    """Versions of what computed a checkpoint."""
+    return {name: importlib.metadata.version(name) for name in ("umm_jax", "jax", "flax", "optax", "grain")}
 
 
 def load_params(

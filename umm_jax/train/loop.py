@@ -1,10 +1,12 @@
 """The life of a training run, from top to bottom in one function."""
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,15 +19,17 @@ from jax.experimental import multihost_utils
 from umm_jax import config as configs
 from umm_jax import families, sharding
 from umm_jax.config import RunConfig
-from umm_jax.errors import ConfigError, Interrupted
+from umm_jax.errors import ConfigError, Interrupted, Preempted, StorageError, UserError
 from umm_jax.families import Family
 from umm_jax.families.contract import ModelConfig
 from umm_jax.models import attention
+from umm_jax.train import anomalies
 from umm_jax.train import state as states
 from umm_jax.train.checkpoint import Checkpoints, plain_config
 from umm_jax.train.lock import Lock, held
-from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress
+from umm_jax.train.metrics import Clock, Meter, MetricsFile, Progress, read_metrics
 from umm_jax.train.optimizer import flatten, unflatten
+from umm_jax.train.profile import Profile
 from umm_jax.train.step import make_step
 from umm_jax.train.watchdog import Watchdog
 
@@ -36,6 +40,11 @@ CHANGEABLE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.keep_every",
+    "train.keep_best",
+    "train.anomaly",
+    "train.spike",
+    "train.profile",
     "train.hang_minutes",
     "train.eval_every",
     "train.eval_items",
@@ -69,8 +78,8 @@ def train(
         {"step", "seconds", "compile_seconds", "parameters"} of this call.
 
     Raises:
-        UserError: of the kind that says what is wrong. ``Interrupted`` after Ctrl-C or SIGTERM, with
-            everything saved. ``BusyError``: another job is training in `workdir`.
+        UserError: of the kind that says what is wrong. ``Interrupted`` after Ctrl-C, ``Preempted`` after
+            SIGTERM, with everything saved. ``BusyError``: another job is training in `workdir`.
     """
     workdir = _local(workdir, "--workdir")
     with _alone(workdir) as lock:
@@ -113,10 +122,12 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
         _say(f"optimizer {line}")
 
     identity = plain_config(run, model_config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.train.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", **_retention(run, workdir))
+    losses = ()
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(plan.abstract, identity)
         loader.set_state(position)
+        losses = checkpoints.notes().get("losses", ())
         _say(f"state     restored from step {checkpoints.latest()}")
     elif run.train.init_from:
         state = _init_from(plan, run)
@@ -131,10 +142,11 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  Compile                                                                 │
     # └──────────────────────────────────────────────────────────────────────────┘
-    batch = sharding.put_batch(next(loader), mesh)
+    rows = next(loader)
+    batch = sharding.put_batch(rows, mesh)
     now = time.perf_counter()
     with attention.noted(mesh.devices.flat[0].platform) as ways:
-        compiled = step_function.lower(state, batch).compile()
+        compiled = step_function.lower(state, batch, *_limit(run, math.inf)).compile()
     compile_seconds = time.perf_counter() - now
     for line in ways:
         _say(f"attention {line}")
@@ -150,8 +162,16 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
     facts = {"devices": mesh.size, "backend": jax.default_backend(), "parameters": parameters}
     facts |= {"bytes_per_device": report.bytes_per_device, "compile_seconds": compile_seconds}
     log.write(step, "run", facts)
-    meter, clock, progress = Meter(), Clock(), Progress(first, run.train.steps)
-    logged = step
+    wrong: list[tuple[int, str]] = []  # steps, and why, that are to be dealt with
+
+    def judge(at: int, loss: float, grad_norm: float):
+        if why := watch.judge(at, loss, grad_norm):
+            wrong.append((at, why))
+
+    meter, clock, progress = Meter(judge), Clock(started), Progress(first, run.train.steps)
+    watch = anomalies.Watch(run.train.anomaly, run.train.spike, meter.ahead, losses)
+    profile = Profile(run.train.profile, workdir / "profile")
+    logged, recent, backs = step, {}, Counter()
 
     watchdog = Watchdog(
         run.train.hang_minutes and 60 * run.train.hang_minutes, workdir, str(jax.process_index())
@@ -161,21 +181,81 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
         nonlocal saved
         if lock is not None:
             lock.check()
-        meter.check()  # A state after a NaN must never push out a good one.
-        checkpoints.save(step, state, loader.get_state(), identity)
+        checkpoints.save(step, state, loader.get_state(), identity, {"losses": watch.history()})
         saved = step
+
+    def save_or_go_on():
+        """A disk that refuses costs a checkpoint, not the run."""
+        try:
+            save()
+        except StorageError as error:
+            _say(f"ALARM     {error}")
+            log.write(step, "alarm", {"why": str(error)})
+            checkpoints.reopen()
+
+    def settle():
+        """Deals with the steps that went wrong. True where the run has gone back to a checkpoint."""
+        nonlocal state, step, saved, logged, log
+        at, why = wrong[0]
+        about = {"why": why, "process": jax.process_index()}
+        kept = anomalies.write(workdir, at, recent[at], about) if at in recent else None
+        # Where steps are skipped each is wrong by itself; else the others only follow from the first.
+        del wrong[: 1 if run.train.anomaly == "skip" else len(wrong)]
+        line = {"why": why, "policy": run.train.anomaly, "batch": kept and str(kept)}
+        if run.train.anomaly != "rollback":
+            log.write(step, "anomaly", line)
+            if run.train.anomaly == "skip":
+                _say(f"skipped   {why}")
+                return False
+            replay = f"; its batch is in {kept}, see umm replay" if kept else ""
+            raise UserError(
+                f"{why}: training stopped, nothing was saved after it{replay}; lower optim.lr, raise "
+                "optim.warmup, look at the data of that step, or set train.anomaly to skip or rollback"
+            )
+        checkpoints.wait()
+        back = checkpoints.latest()
+        if back is None:
+            raise UserError(f"{why}, and there is no checkpoint to go back to")
+        backs[back] += 1
+        if backs[back] > anomalies.PATIENCE:
+            raise UserError(f"{why}, after {backs[back] - 1} times back to step {back}: training stopped")
+        state, _ = checkpoints.restore(plan.abstract, identity)
+        clock.undo(logged - back)
+        log.close()
+        log = MetricsFile(workdir / "metrics.jsonl", back)
+        log.write(back, "anomaly", line | {"back": back})
+        _say(f"back      to step {back}, with the data after that of step {step}: {why}")
+        step = saved = logged = back
+        meter.forget()
+        watch.forget(back)
+        recent.clear()
+        return True
 
     try:
         with _stop_signals() as stopping:
             while True:
-                state, metrics = compiled(state, batch)
+                profile.begin(step + 1)
+                state, metrics = compiled(state, batch, *_limit(run, watch.limit(step + 1)))
                 step += 1
                 meter.add(step, metrics)
+                recent[step] = rows
+                recent.pop(step - meter.ahead - 1, None)
                 watchdog.alive(f"step {max(step - meter.ahead, 1)}")
-                meter.wait()
                 last = step == run.train.steps
                 log_now = last or step % run.train.log_every == 0
                 stop = _agreed(stopping, log_now)
+                save_now = last or stop or step % run.train.save_every == 0
+                # A state after a NaN must never push out a good one.
+                meter.wait(0 if log_now or save_now else None)
+                if said := profile.end(step, metrics):
+                    _say(said)
+                back = False
+                while wrong and not back:
+                    back = settle()
+                if back:
+                    rows = next(loader)
+                    batch = sharding.put_batch(rows, mesh)
+                    continue
 
                 if log_now:
                     line = meter.read()
@@ -184,12 +264,13 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
                     line |= {f"{axis}_per_second": line[axis] / seconds for axis in batch}
                     if hasattr(loader, "stats"):
                         line |= {f"data/{name}": value for name, value in loader.stats().items()}
+                    line |= _slowest(line["input_wait"])
                     log.write(step, "train", line)
                     progress.log(step, line)
                     logged = step
-                if last or stop or step % run.train.save_every == 0:
+                if save_now:
                     with clock.aside(), watchdog.paused():
-                        save()
+                        save() if last or stop else save_or_go_on()
                 if (
                     on_eval
                     and run.train.eval_every
@@ -206,7 +287,8 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
                     break
                 watchdog.alive(f"the data of step {step + 1}")
                 with clock.input():
-                    batch = sharding.put_batch(next(loader), mesh)
+                    rows = next(loader)
+                    batch = sharding.put_batch(rows, mesh)
             # ┌──────────────────────────────────────────────────────────────────┐
             # │  The end: nothing is left unfinished                             │
             # └──────────────────────────────────────────────────────────────────┘
@@ -218,12 +300,14 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
         raise
     finally:
         watchdog.close()
+        profile.close()
         progress.close()
         log.close()
         if hasattr(loader, "close"):
             loader.close()
     if stop and not last:
-        raise Interrupted(f"stopped at step {step}, saved in {workdir}; run the same command again to go on")
+        kind = Preempted if stop == signal.SIGTERM else Interrupted
+        raise kind(f"stopped at step {step}, saved in {workdir}; run the same command again to go on")
     seconds = time.perf_counter() - started
     _say(f"done      {step} steps, {seconds:.0f} s, checkpoint of step {saved} in {workdir}")
     return {"step": step, "seconds": seconds, "compile_seconds": compile_seconds, "parameters": parameters}
@@ -262,6 +346,38 @@ def _check_owner(workdir: Path, run: RunConfig) -> None:
                 f"{workdir} holds a run of another config (there != here): {'; '.join(odd)}; "
                 "choose another workdir, or give the run its own config back"
             )
+
+
+def _retention(run: RunConfig, workdir: Path) -> dict[str, Any]:
+    """Which checkpoints stay: arguments of ``Checkpoints``."""
+    best = None
+    if run.train.keep_best:
+        name, number = run.train.keep_best.split()
+        sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
+
+        def score(step: int) -> float | None:
+            path = workdir / "metrics.jsonl"
+            lines = read_metrics(path) if path.exists() else []
+            found = [
+                line[f"eval/{name}"] for line in lines if line["step"] == step and f"eval/{name}" in line
+            ]
+            return sign * found[-1] if found else None
+
+        best = score, int(number)
+    return {"keep": run.train.keep, "every": run.train.keep_every, "best": best}
+
+
+def _limit(run: RunConfig, loss: float) -> tuple[np.ndarray, ...]:
+    """The step's third argument, where it has one."""
+    return (np.float32(loss),) if run.train.anomaly == "skip" else ()
+
+
+def _slowest(input_wait: float) -> dict[str, float]:
+    """Of several processes, which waited longest for its data: all others wait for it in turn."""
+    if jax.process_count() == 1:
+        return {}
+    waits = multihost_utils.process_allgather(np.float32(input_wait))
+    return {"input_wait_worst": float(waits.max()), "input_wait_worst_process": int(waits.argmax())}
 
 
 def _claim(workdir: Path, run: RunConfig) -> None:
@@ -314,11 +430,12 @@ def _init_from(plan: states.Plan, run: RunConfig) -> states.TrainState:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event set by Ctrl-C or SIGTERM; a second signal acts as usual. Only the main thread can listen."""
-    event = threading.Event()
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM puts its number into; a second signal acts as usual. Only the main thread
+    can listen."""
+    got: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield got
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -328,23 +445,25 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, before[number])
 
     def listen(number, frame):
-        event.set()
+        got.append(number)
         restore()
         _say("\nstopping after this step and saving; once more to stop at once")
 
     for number in numbers:
         signal.signal(number, listen)
     try:
-        yield event
+        yield got
     finally:
         restore()
 
 
-def _agreed(event: threading.Event, now: bool) -> bool:
-    """Whether to stop. Several processes must stop at the same step: they ask each other when they log."""
+def _agreed(got: list[int], now: bool) -> int:
+    """The signal to stop for, or 0. Several processes must stop at the same step: they ask each other when
+    they log."""
+    mine = max(got, default=0)
     if jax.process_count() == 1:
-        return event.is_set()
-    return now and bool(multihost_utils.process_allgather(np.array(event.is_set())).any())
+        return mine
+    return int(multihost_utils.process_allgather(np.array(mine)).max()) if now else 0
 
 
 def _say(text: str) -> None:

@@ -4,24 +4,25 @@ metrics.jsonl has one JSON object a line, told apart by "kind":
     run     at each start: devices, parameters, bytes per device, seconds of compiling
     train   every train.log_every steps: loss, loss/PART, what the model adds, lr, grad_norm,
             seconds_per_step, input_wait (share of the time spent waiting for data), tokens_per_second,
-            images_per_second, tokens, images (real ones seen in these steps), data/NAME from the loader
+            images_per_second, tokens, images (real ones seen in these steps), data/NAME of the loader,
+            goodput (share of this start's time so far that went into steps that count), skipped (steps),
+            input_wait_worst and input_wait_worst_process (several processes)
+    alarm   a save that failed while the run went on: why
+    anomaly a step that went wrong: why, policy, batch (where it is kept), back (the step gone back to)
     eval    after each in-training evaluation: eval/NAME for what the callback returned, seconds
-Every line has "step", the number of finished steps.
+Every line has "step", the number of finished steps, and "time", seconds since 1970.
 """
 
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-
-from umm_jax.errors import UserError
 
 
 class Meter:
@@ -29,40 +30,40 @@ class Meter:
 
     ``add`` never waits. ``wait`` holds the host back to `ahead` steps before the device, which bounds the
     batches in flight and costs nothing: the device always has the next step in its queue.
+
+    Args:
+        judge: called as judge(step, loss, grad_norm), once for each step and in their order.
     """
 
-    def __init__(self, ahead: int = 2):
+    def __init__(self, judge: Callable[[int, float, float], None] = lambda *_: None, ahead: int = 2):
         self._pending: list[tuple[int, Any]] = []
-        self.ahead = ahead
+        self._judged = 0
+        self._judge, self.ahead = judge, ahead
 
     def add(self, step: int, metrics: Any) -> None:
         self._pending.append((step, metrics))
 
-    def wait(self) -> None:
-        if len(self._pending) > self.ahead:
-            jax.block_until_ready(self._pending[-1 - self.ahead][1]["scalars"]["loss"])
+    def wait(self, ahead: int | None = None) -> None:
+        """Waits until all but the last `ahead` steps are done, and has them judged."""
+        ready = max(len(self._pending) - (self.ahead if ahead is None else ahead), 0)
+        for step, metrics in self._pending[self._judged : ready]:
+            found = jax.device_get({name: metrics["scalars"][name] for name in ("loss", "grad_norm")})
+            self._judged += 1
+            self._judge(step, float(found["loss"]), float(found["grad_norm"]))
 
-    def check(self) -> list[tuple[int, Any]]:
-        """All pending metrics as numbers.
-
-        Raises:
-            UserError: a loss or gradient norm that is not finite; names the first such step.
-        """
-        self._pending = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
-        for step, metrics in self._pending:
-            for name in ("loss", "grad_norm"):
-                value = float(metrics["scalars"][name])
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"{name} is {value} at step {step}: training stopped, nothing was saved after it; "
-                        "lower optim.lr, raise optim.warmup, or look at the data of that step"
-                    )
-        return self._pending
+    def forget(self) -> None:
+        """Drops the pending steps: they do not count."""
+        self._pending, self._judged = [], 0
 
     def read(self) -> dict[str, float]:
-        """Means over the pending steps (weighted for sums; totals of counts; the last lr); forgets them."""
-        rows = [metrics for _, metrics in self.check()]
-        self._pending = []
+        """Means over the pending steps (weighted for sums; totals of counts; the last lr); forgets them.
+
+        Steps that were skipped are in the counts alone.
+        """
+        self.wait(0)
+        rows = [jax.device_get(metrics) for _, metrics in self._pending]
+        self.forget()
+        every, rows = rows, [row for row in rows if not row["counts"].get("skipped")] or rows
         line = {name: sum(float(r["scalars"][name]) for r in rows) / len(rows) for name in rows[0]["scalars"]}
         line["lr"] = float(rows[-1]["scalars"]["lr"])
         for name in rows[0]["sums"]:
@@ -71,14 +72,20 @@ class Meter:
             if weight > 0:
                 line[name] = total / weight
         for name in rows[0]["counts"]:
-            line[name] = sum(int(r["counts"][name]) for r in rows)
+            line[name] = sum(int(r["counts"][name]) for r in every)
         return line
 
 
 class Clock:
-    """Where the wall time between two log lines goes: steps, waiting for input, and what is counted apart."""
+    """Where the wall time between two log lines goes: steps, waiting for input, and what is counted apart.
 
-    def __init__(self):
+    Args:
+        began: what goodput counts from, as time.perf_counter() tells it; now unless given.
+    """
+
+    def __init__(self, began: float | None = None):
+        self._began = time.perf_counter() if began is None else began
+        self._good, self._steps = 0.0, 0
         self.reset()
 
     def reset(self) -> None:
@@ -101,8 +108,17 @@ class Clock:
         """{"seconds_per_step", "input_wait" (share)} since the last reading, which starts a new one."""
         seconds = max(time.perf_counter() - self._start - self._aside, 1e-9)
         line = {"seconds_per_step": seconds / steps, "input_wait": self._input / seconds}
+        self._good, self._steps = self._good + seconds, self._steps + steps
+        line["goodput"] = self._good / max(time.perf_counter() - self._began, 1e-9)
         self.reset()
         return line
+
+    def undo(self, steps: int) -> None:
+        """So many of the last steps that were read will be done again."""
+        if steps > 0:
+            self._good *= max(1 - steps / self._steps, 0)
+            self._steps = max(self._steps - steps, 0)
+        self.reset()
 
 
 class MetricsFile:
@@ -127,7 +143,7 @@ class MetricsFile:
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
 
     def close(self) -> None:
         if self._file is not None:

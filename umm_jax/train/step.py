@@ -36,6 +36,10 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
         "scalars"  loss, grad_norm, lr
         "sums"     {name: (sum, weight)}: the parts of the loss ("loss/text") and what the model adds
         "counts"   tokens, images, and what other axes the batch has: real ones, without padding
+    With train.anomaly="skip" the step takes a third argument, the largest loss that it may have: above it, or
+    where loss or gradient norm are not finite, the state stays as it was but for its step, and "counts" has
+    "skipped" 1.
+
     Randomness of step s comes from fold_in(seed, s), so that a resumed run draws what it would have drawn.
 
     Raises:
@@ -51,7 +55,9 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
         )
     differentiate = jax.value_and_grad(_objective(plan, run), has_aux=True)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    skips = train.anomaly == "skip"
+
+    def step(state: TrainState, batch: Any, limit: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         with sharding.use(mesh):
             key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
             trainable, frozen = optimizer.split(state["params"])
@@ -73,11 +79,16 @@ def make_step(plan: Plan, run: RunConfig) -> Callable[[TrainState, Any], tuple[T
                 "ema": _average(state["ema"], trainable, train.ema),
             }
             counts = {axis: jnp.sum(features["segment_ids"] > 0) for axis, features in batch.items()}
+            if skips:
+                good = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"]) & (loss <= limit)
+                kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+                new = kept | {"step": new["step"]}
+                counts["skipped"] = 1 - good.astype(jnp.int32)
             return new, {"scalars": {"loss": loss, **scalars}, "sums": sums, "counts": counts}
 
     return jax.jit(
         step,
-        in_shardings=(plan.shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(plan.shardings, sharding.batch_sharding(mesh), *(sharding.replicated(mesh),) * skips),
         out_shardings=(plan.shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler.often(mesh.devices.flat),
