@@ -38,9 +38,11 @@ def masks(t, s):
 
 
 @pytest.mark.parametrize("kind", ["none", "queries", "keys"])
-@pytest.mark.parametrize("block", [2 * 4 * 13 * 4, 2**20])
-def test_scores_made_again_change_neither_result_nor_gradients(monkeypatch, kind, block):
-    """13 queries in blocks of 4 leave a block that is not full; a large block holds all of them."""
+@pytest.mark.parametrize(
+    "block, whole", [(2 * 4 * 13 * 4, 1), (2 * 4 * 13 * 7, 3), (2 * 4 * 13, 8), (2**20, 1)]
+)
+def test_scores_made_again_change_neither_result_nor_gradients(monkeypatch, kind, block, whole):
+    """13 queries, 4 or 6 or 1 at a time, where a last block is not full; a large block holds all of them."""
     q, k, v = inputs(13, 13)
     mask = masks(13, 13)[kind]
     given = None if mask is None else jnp.asarray(mask)
@@ -57,7 +59,7 @@ def test_scores_made_again_change_neither_result_nor_gradients(monkeypatch, kind
     kept = run()
     np.testing.assert_allclose(kept[0], plain(q, k, v, mask), atol=2e-6)
     monkeypatch.setattr(attention, "KEPT", 0)
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "_ON_CPU", attention._InBlocks(block, whole))
     for again, before in zip(run(), kept, strict=True):
         np.testing.assert_allclose(again, before, atol=5e-6)
     # The gradients are those of the definition, not of each other alone.

@@ -1,6 +1,6 @@
 """Softmax attention behind one entry, :func:`attend`, which chooses among
 
-    attention_plain      all scores at once
+    attention_plain      all scores of some queries at once
     attention_gathered   for CPUs: some queries at a time, with the keys they may read
     attention_blocks     for accelerators: blocks of queries and keys, in plain XLA
     attention_gpu, _tpu  the same as Pallas kernels; attention_kernels is what they share
@@ -11,6 +11,7 @@ H head width.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -24,12 +25,10 @@ from umm_jax.models import attention_blocks, attention_gathered, attention_gpu, 
 from umm_jax.models.attention_plain import cut, joined
 from umm_jax.models.layers import ATTENDED, is_plain
 from umm_jax.models.masks import MaskSpec, dense
+from umm_jax.sharding import rows_here
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
 KEPT = 2**19
-
-# Scores a CPU makes at a time: what its caches hold beside the rest (2**19 to 2**21 are alike).
-BLOCK = 2**20
 
 # Keys from which a CPU passes over what a block of queries may not read, where the mask is given by what is
 # to be known of tokens. With fewer, that costs more than it saves: at 500 keys and 12 rows, 30 % of a step.
@@ -57,7 +56,7 @@ def attend(
     """softmax(scale q k^T) v with grouped-query heads; the softmax is taken in float32.
 
     Above :data:`KEPT` scores, none are kept: the backward pass makes them again from queries, keys and one
-    number per query (FlashAttention, arXiv 2205.14135), and a CPU makes them in blocks of queries. Second
+    number per query (FlashAttention, arXiv 2205.14135), in blocks of queries where there are many. Second
     derivatives are then not defined.
 
     Args:
@@ -99,19 +98,29 @@ def attend(
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
 
 
-def _queries(t: int, per_query: int) -> int:
-    """Queries of a block on a CPU, in equal blocks."""
-    return math.ceil(t / math.ceil(t / max(BLOCK // per_query, 1)))
-
-
+@dataclasses.dataclass(frozen=True)
 class _InBlocks:
-    """As ``attention_plain.py``, for so many queries at a time."""
+    """As ``attention_plain.py``, for so many queries at a time that a device makes at most `most` scores.
 
-    @staticmethod
-    def forward(q, k, v, mask, scale):
-        mask = dense(*mask) if isinstance(mask, tuple) else mask
+    Attributes:
+        whole: a block's queries are a multiple of it where there is room for that many.
+    """
+
+    most: int
+    whole: int
+
+    def _size(self, q, k) -> int:
         b, kv, g, t, _ = q.shape
-        size = _queries(t, b * kv * g * k.shape[2])
+        fit = max(self.most // (rows_here(b) * kv * g * k.shape[2]), 1)
+        if fit >= t:
+            return t
+        if fit >= self.whole:
+            return fit // self.whole * self.whole
+        return math.ceil(t / math.ceil(t / fit))
+
+    def forward(self, q, k, v, mask, scale):
+        mask = dense(*mask) if isinstance(mask, tuple) else mask
+        t, size = q.shape[3], self._size(q, k)
         if size == t:
             return attention_plain.forward(q, k, v, mask, scale)
         by_query = mask is not None and mask.shape[1] > 1
@@ -119,11 +128,9 @@ class _InBlocks:
         found = jax.lax.map(one, (cut(q, size, 3), cut(mask, size, 1) if by_query else None))
         return tuple(joined(x, 3, t) for x in found)
 
-    @staticmethod
-    def backward(q, k, v, mask, out, total, grad, scale):
+    def backward(self, q, k, v, mask, out, total, grad, scale):
         mask = dense(*mask) if isinstance(mask, tuple) else mask
-        b, kv, g, t, _ = q.shape
-        size = _queries(t, b * kv * g * k.shape[2])
+        t, size = q.shape[3], self._size(q, k)
         if size == t:
             return attention_plain.backward(q, k, v, mask, out, total, grad, scale)
         by_query = mask is not None and mask.shape[1] > 1
@@ -137,6 +144,13 @@ class _InBlocks:
         blocks = [cut(x, size, 3) for x in (q, out, total, grad)]
         (dk, dv), dq = jax.lax.scan(step, start, (*blocks, cut(mask, size, 1) if by_query else None))
         return joined(dq, 3, t), dk, dv
+
+
+# What a CPU's caches hold beside the rest (2**19 to 2**21 are alike).
+_ON_CPU = _InBlocks(2**20, 1)
+
+# 512 MiB in float32, of which a few are alive at once; queries end up along the 128 lanes of a TPU.
+_ELSEWHERE = _InBlocks(2**27, 128)
 
 
 # The rule stands around the choice by platform, which is made when a program is lowered: differentiating
@@ -167,12 +181,12 @@ def _remade_backward(scale, implementation, saved, grad):
 def _ways(q, k, mask, implementation) -> dict[str, Any]:
     """What has a `forward` and a `backward`, by platform."""
     if not isinstance(mask, tuple):
-        found = {"cpu": _InBlocks, "default": attention_plain}
+        found = {"cpu": _ON_CPU, "default": _ELSEWHERE}
     else:
-        cpu = attention_gathered if k.shape[2] >= LONG else _InBlocks
+        cpu = attention_gathered if k.shape[2] >= LONG else _ON_CPU
         if q.shape[3] == 1:
             # A token that is being written: one program a head would walk all the keys, one block at a time.
-            return {"cpu": cpu, "default": _InBlocks}
+            return {"cpu": cpu, "default": _ELSEWHERE}
         found = {"cpu": cpu, "default": attention_blocks}
         if implementation != "blocks":
             found["cuda"] = attention_gpu
@@ -187,8 +201,8 @@ _remade.defvjp(_remade_forward, _remade_backward)
 # --- what is said of it -----------------------------------------------------------------------------------
 
 _WORDS = {
-    attention_plain: "all scores at once, made again for the backward pass",
-    _InBlocks: "scores of some queries at a time",
+    _ON_CPU: "scores of some queries at a time",
+    _ELSEWHERE: "scores of some queries at a time, all where they are few, made again for the backward pass",
     attention_gathered: "some queries at a time, with the keys they may read",
     attention_blocks: "blocks that are read, in plain XLA",
     attention_gpu: "blocks that are read, as Pallas kernels (Triton)",
