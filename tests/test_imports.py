@@ -23,6 +23,7 @@ ROOMS = {
     "stream": {"errors"},
     "conversation": {"errors"},
     "compiler": set(),
+    "processes": {"errors"},
     "sharding": {"errors", "config"},
     "models": {"errors", "config", "sharding"},
     "weights": {"errors"},

@@ -42,6 +42,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A type of arguments."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def size(text: str) -> int:
     """A type of arguments: bytes, as "5GB" or "512 MiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?", text, re.IGNORECASE)

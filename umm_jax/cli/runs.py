@@ -1,12 +1,13 @@
 """Commands about runs: train, eval, report, chat, demo."""
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from umm_jax.cli.grammar import command, positive, shows_colour
+from umm_jax.cli.grammar import command, natural, positive, shows_colour
 from umm_jax.cli.route import add_remote, expert_address
 
 DEMO_CONFIG = "configs/world_tiny.py"
@@ -20,6 +21,9 @@ def add(commands) -> None:
     )
     p.add_argument("--config", required=True, help="a .py file with get_config(), or a run's config.json")
     p.add_argument("--workdir", required=True, help="folder of the run; an interrupted run there is resumed")
+    p.add_argument("--coordinator", help="HOST:PORT of a job's first process; auto asks the cluster")
+    p.add_argument("--processes", type=positive, help="of the job")
+    p.add_argument("--process", type=natural, help="which of them this is, from 0")
 
     p = command(commands, "eval", _eval, "Judge a run on the skills of its world, beside shortcut oracles.")
     p.add_argument("--run", dest="folder", required=True, help="folder of the run")
@@ -72,8 +76,12 @@ def _train(args) -> None:
     from umm_jax.evaluate import cost
 
     run = config.load(args.config, args.overrides)
-    with cost.stage(args.workdir, "train"):
+    # The first process of a job keeps its accounts.
+    with contextlib.nullcontext() if args.process else cost.stage(args.workdir, "train"):
         # JAX is loaded inside, so that its start counts as part of the stage.
+        from umm_jax import processes
+
+        processes.join(args.coordinator, args.processes, args.process)
         from umm_jax.evaluate.runner import in_training
         from umm_jax.train.loop import train
 
