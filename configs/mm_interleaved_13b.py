@@ -35,10 +35,12 @@ def get_config() -> ConfigDict:
                     prefixes=dict(system="", user="USER: ", assistant="ASSISTANT: "),
                     box_format="text",
                 ),
-                # Groups of four layers, CLIP layers and UNet blocks are made again in the backward pass.
+                # Made again in the backward pass: groups of four layers, blocks of the tower and their CLIP
+                # layers, blocks of the UNet and of its synchronizer.
                 backbone=dict(synchronizer=dict(), remat="full"),
-                tower=dict(clip_adapter=dict(clip=dict(remat="full"))),
+                tower=dict(clip_adapter=dict(remat="full", clip=dict(remat="full"))),
                 unet=dict(remat="full"),
+                unet_sync=dict(remat="full"),
                 schedule=dict(sample_steps=30, guidance=7.5),
                 loss_chunk=256,
             ),

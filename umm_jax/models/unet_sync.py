@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from umm_jax.models.layers import Modules
+from umm_jax.models.layers import Modules, checkpoint_policy, remade
 from umm_jax.models.synchronizer import DecoderSync, SynchronizerConfig
 
 
@@ -25,6 +25,7 @@ class UNetSyncConfig:
         units: sides that scale the offsets, `sides` when None.
         position_grid: side of the fixed position table.
         out_init: see DecoderSync; 0 starts without any injection.
+        remat: rematerialisation policy of each place, see ``layers.checkpoint_policy``.
     """
 
     d_maps: int = 1024
@@ -38,6 +39,7 @@ class UNetSyncConfig:
     position_grid: int = 64
     out_init: float = 0.0
     implementation: str = "auto"
+    remat: str = "none"
 
 
 class UNetSync(nnx.Module):
@@ -56,7 +58,7 @@ class UNetSync(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        c = config
+        self.config = c = config
 
         def make(side: int, width: int) -> DecoderSync:
             core = SynchronizerConfig(
@@ -86,6 +88,12 @@ class UNetSync(nnx.Module):
         self, skips: Sequence[jax.Array], mid: jax.Array, values: Sequence[jax.Array], visible: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:
         """Skips [B, h, w, C], mid map, values from :meth:`project`, visible bool [B, N] -> skips and mid."""
+
+        def run(sync, *args):
+            if self.config.remat == "none":
+                return sync(*args)
+            return remade(lambda *a: sync(*a), policy=checkpoint_policy(self.config.remat))(*args)
+
         *down, last = values
-        synced = [sync(x, v, visible) for sync, x, v in zip(self.down, skips, down, strict=True)]
-        return synced, self.mid(mid, last, visible)
+        synced = [run(sync, x, v, visible) for sync, x, v in zip(self.down, skips, down, strict=True)]
+        return synced, run(self.mid, mid, last, visible)

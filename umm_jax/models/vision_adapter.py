@@ -40,6 +40,8 @@ class ClipAdapterConfig:
         position_grid: side of the fixed position table, resized to the tokens and to each map.
         mlp_ratio: hidden width of the convolutional MLP, relative to the transformer's width.
         eps, stem_eps, head_eps: of the norms of the adapter, of its stem, and of the tokens' head.
+        remat: rematerialisation policy of a block with its CLIP layers, and of an extractor after them, see
+            ``layers.checkpoint_policy``.
     """
 
     clip: ClipConfig = ClipConfig()
@@ -55,6 +57,7 @@ class ClipAdapterConfig:
     stem_eps: float = 1e-6
     head_eps: float = 1e-6
     implementation: str = "auto"
+    remat: str = "none"
 
     def __post_init__(self):
         if self.blocks != len(self.sides):
@@ -264,7 +267,10 @@ class ClipAdapter(nnx.Module):
         x = self.clip.embed(pixels)
         (x, c), patches = self.interact(x, c)
         for extractor in self.extra:
-            c = extractor(c, x[:, 1:])
+            run = lambda *a, extractor=extractor: extractor(*a)  # noqa: E731
+            if self.config.remat != "none":
+                run = L.remade(run, policy=L.checkpoint_policy(self.config.remat))
+            c = run(c, x[:, 1:])
 
         c2, c3, c4 = split_maps(c, (2 * g, g, g // 2))
         up = L.depth_to_space(self.up(c2), 2) + self.up_bias[...].astype(c2.dtype)
@@ -288,7 +294,7 @@ class ClipAdapter(nnx.Module):
             x, c = self.block(block, make_layers(state), *carry)
             return (x, c), x[:, 1:]
 
-        return L.scan(self.interactions, step, (x, c), states)
+        return L.scan(self.interactions, step, (x, c), states, remat=self.config.remat)
 
     def block(self, block: Interaction, layers: nnx.Module, x, c) -> tuple[jax.Array, jax.Array]:
         """One interaction block: patches read the maps, run through `layers`, and are read by the maps."""
