@@ -1,5 +1,6 @@
 """The denoising UNet: shapes and hooks of every option, and parity with the reference noise prediction."""
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from parity import decoder_sync_params, fixture, load
 
+from umm_jax import compiler
 from umm_jax.errors import ConfigError
 from umm_jax.models.unet import UNet, UNetConfig
 from umm_jax.models.unet_blocks import ResnetBlock, timestep_embedding
@@ -246,6 +248,32 @@ def test_blocks_are_rematerialised_on_request():
         return sum(leaf.size for leaf in jax.tree.leaves(pull)) - sum(a.size for a in jax.tree.leaves(state))
 
     assert kept("full") < kept("none") / 2
+
+
+def test_a_synchronizer_made_again_keeps_less_and_has_the_same_gradients():
+    shapes, (side, width) = [(8, 16), (4, 16)], (4, 16)
+    maps = [jax.random.normal(jax.random.key(i), (2, 3, s, s, 12)) for i, s in enumerate((8, 4))]
+    skips = [jax.random.normal(jax.random.key(9 + s), (2, s, s, w)) for s, w in shapes]
+    mid, visible = jax.random.normal(jax.random.key(5), (2, side, side, width)), jnp.arange(3) < 2
+
+    quick = functools.partial(jax.jit, compiler_options=compiler.once(jax.devices()))
+
+    def gradients(remat):
+        config = UNetSyncConfig(12, 16, 4, 2, (8, 4), position_grid=8, out_init=0.5, remat=remat)
+        graphdef, state = nnx.split(UNetSync(config, shapes, (side, width), rngs=nnx.Rngs(0)))
+
+        def loss(s):
+            module = nnx.merge(graphdef, s)
+            down, middle = module(skips, mid, module.project(maps), jnp.tile(visible, (2, 1)))
+            return sum(jnp.mean(x**2) for x in (*down, middle))
+
+        kept = jax.eval_shape(lambda s: jax.vjp(loss, s)[1], state)
+        return sum(leaf.size for leaf in jax.tree.leaves(kept)), quick(jax.grad(loss))(state)
+
+    (some, one), (few, other) = gradients("none"), gradients("full")
+    assert few < 0.6 * some
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_every_parameter_has_an_axis_name_per_dimension_and_state_keys_are_strings():
