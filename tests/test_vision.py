@@ -79,6 +79,7 @@ TINY = ClipAdapterConfig(
 )
 
 
+@pytest.mark.slow
 def test_a_tower_made_again_keeps_less_and_has_the_same_gradients():
     pixels = jnp.asarray(_images(1, 56))
 

@@ -60,6 +60,20 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     @property
+    def per_host(self) -> int:
+        """Chips of a host of a slice with several hosts."""
+        return 4
+
+    @property
+    def accelerator(self) -> str:
+        """As Cloud TPU calls the kind and size of one slice: v4 and v5p count cores, two a chip."""
+        chips = math.prod(self.shape)
+        prefix, each = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5e": ("v5litepod", 1), "v6e": ("v6e", 1)}[
+            self.chip.name
+        ]
+        return f"{prefix}-{chips * each}"
+
+    @property
     def wrap(self) -> tuple[bool, bool, bool]:
         """Which dimensions close to a ring, of three whatever the shape.
 

@@ -1,0 +1,85 @@
+"""The commands that launch: a training run written for the scheduler that is to start it."""
+
+from umm_jax.cli.grammar import command, positive
+from umm_jax.errors import ConfigError
+
+
+def add(commands) -> None:
+    """Adds the commands of this group."""
+    group = commands.add_parser("launch", help="write a training run for a cluster's scheduler")
+    kinds = group.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    p = _job(kinds, "jobset", _jobset, "A JobSet for GKE; give it to kubectl apply -f -.")
+    _slices(p)
+    p.add_argument("--namespace", default="default")
+    p.add_argument("--spot", action="store_true", help="on spot nodes")
+
+    p = _job(kinds, "xpk", _xpk, "The command that starts it with xpk.")
+    _slices(p)
+    for name in ("cluster", "zone", "project"):
+        p.add_argument(f"--{name}", required=True)
+
+    p = _job(kinds, "slurm", _slurm, "A script for sbatch: one task a GPU.")
+    p.add_argument("--nodes", type=positive, required=True)
+    p.add_argument("--gpus", type=positive, default=8, help="of each node")
+    p.add_argument("--hours", type=float, default=24.0, help="of one start; it is put into the queue again")
+    p.add_argument("--partition", default="")
+    p.add_argument("--image", default="", help="of a container, for clusters with pyxis")
+
+
+def _job(kinds, name: str, run, text: str):
+    p = command(kinds, name, run, text, overridable=True)
+    p.add_argument("--config", required=True, help="checked here; the same path is given to the machines")
+    p.add_argument("--workdir", required=True, help="folder of the run, on storage that all machines share")
+    p.add_argument("--name", required=True, help="of the job")
+    p.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    p.add_argument("--restarts", type=positive, default=100, help="that the scheduler may do")
+    p.add_argument("--grace", type=positive, default=300, help="seconds from SIGTERM to SIGKILL")
+    return p
+
+
+def _slices(p) -> None:
+    p.add_argument("--topology", required=True, help="CHIP:SHAPE of a slice, such as v5e:16x16, v5p:4x4x4")
+    p.add_argument("--slices", type=positive, default=1)
+    p.add_argument("--image", required=True, help="container image with umm_jax in it")
+
+
+def _jobset(args) -> None:
+    import yaml
+
+    from umm_jax.launch import jobset
+
+    made = jobset.manifest(_made(args), _topology(args), args.image, namespace=args.namespace, spot=args.spot)
+    print(yaml.safe_dump(made, sort_keys=False), end="")
+
+
+def _xpk(args) -> None:
+    from umm_jax.launch import lines
+
+    where = {name: getattr(args, name) for name in ("cluster", "zone", "project")}
+    print(lines.xpk(_made(args), _topology(args), args.image, **where))
+
+
+def _slurm(args) -> None:
+    from umm_jax.launch import lines
+
+    asked = {name: getattr(args, name) for name in ("nodes", "gpus", "hours", "partition", "image")}
+    print(lines.slurm(_made(args), **asked), end="")
+
+
+def _topology(args):
+    from umm_jax.plan import chips
+
+    return chips.topology(args.topology, args.slices)
+
+
+def _made(args):
+    from umm_jax import config
+    from umm_jax.launch.job import Job
+
+    config.load(args.config, args.overrides)  # A mistake in it is cheaper here than there.
+    odd = next((text for text in args.env if "=" not in text), None)
+    if odd is not None:
+        raise ConfigError(f"--env={odd}: expected KEY=VALUE")
+    env = dict(text.split("=", 1) for text in args.env)
+    return Job(args.name, args.config, args.workdir, tuple(args.overrides), env, args.restarts, args.grace)
