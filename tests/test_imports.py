@@ -38,7 +38,7 @@ ROOMS = {
     "evaluate": BASE
     | {"sharding", "models", "families", "markup", "world", "data", "train", "generate", "router"},
     "convert": BASE | {"sharding", "compiler", "models", "weights", "families", "data", "train", "generate"},
-    "launch": {"errors", "plan"},
+    "launch": {"errors", "plan", "data"},
     "serve": BASE | {"sharding", "models", "families", "markup", "data", "train", "generate", "router"},
 }
 ROOMS["demo"] = {"config", "evaluate"}

@@ -19,6 +19,21 @@ def add(commands) -> None:
     for name in ("cluster", "zone", "project"):
         p.add_argument(f"--{name}", required=True)
 
+    p = _job(kinds, "queued", _queued, "Ask Cloud TPU for the slices, and again after preemption.")
+    _slices(p)
+    p.add_argument("--project", required=True)
+    p.add_argument("--zone", required=True)
+    p.add_argument("--spot", action="store_true", help="slices that may be taken away")
+    p.add_argument("--reservation", default="", help="name of one")
+    p.add_argument("--hours", type=float, help="after which a request that waits is given up")
+    p.add_argument("--runtime", default="", help="software of the machines (default: by chip)")
+    p.add_argument("--service-account", default="", help="that the machines act as")
+    p.add_argument("--state", help="file that the launch is picked up from (default: launches/NAME.json)")
+    p.add_argument("--delete", action="store_true", help="give back what was asked for, and end")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print what would be asked for, and ask for nothing"
+    )
+
     p = _job(kinds, "slurm", _slurm, "A script for sbatch: one task a GPU.")
     p.add_argument("--nodes", type=positive, required=True)
     p.add_argument("--gpus", type=positive, default=8, help="of each node")
@@ -58,6 +73,30 @@ def _xpk(args) -> None:
 
     where = {name: getattr(args, name) for name in ("cluster", "zone", "project")}
     print(lines.xpk(_made(args), _topology(args), args.image, **where))
+
+
+def _queued(args) -> None:
+    import json
+    import sys
+    from pathlib import Path
+
+    from umm_jax.launch import queued
+
+    job, topology = _made(args), _topology(args)
+    names = ("project", "zone", "image", "spot", "reservation", "runtime", "service_account", "hours")
+    place = queued.Place(**{name: getattr(args, name) for name in names})
+    record = queued.Record(
+        Path(args.state or f"launches/{args.name}.json"), queued.asked(job, topology, place)
+    )
+    if args.dry_run:
+        body = queued.request(job, topology, place, record.attempt)
+        print("CreateQueuedResource", json.dumps(body, indent=1))
+        return
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    if args.delete:
+        queued.delete(queued.client(), record, job, place, say=say)
+    else:
+        print(queued.run(queued.client(), record, job, topology, place, say=say))
 
 
 def _slurm(args) -> None:
