@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from concurrent import futures
 
 import pytest
@@ -234,8 +235,8 @@ def test_delete_gives_back_against_a_fake_grpc_server(play, tmp_path):
         daemon=True,
     )
     ended.start()
-    while not server.created:
-        pass
+    while not path.exists() or '"active"' not in path.read_text():
+        time.sleep(0.01)
     other = Record(path, queued.asked(JOB, SLICE, PLACE))
     queued.delete(server.client(), other, JOB, PLACE, say=print)
     ended.join(20)
