@@ -17,7 +17,7 @@ from umm_jax.errors import ConfigError, DeviceError, UserError
 from umm_jax.models.attention import attend
 from umm_jax.models.layers import part
 from umm_jax.models.masks import stream
-from umm_jax.plan import child, chips, compiling, counting, estimate, hlo, steps, sweep
+from umm_jax.plan import child, chips, compiling, counting, estimate, hlo, steps, sweep, utilisation
 
 TEXT = "configs/text_13b.py"
 SMALL = (
@@ -52,6 +52,14 @@ def test_a_language_model_costs_what_its_formula_says(remat):
     assert backbone.forward * 3 == backbone.total
     assert work["head"].total == 6 * tokens * width * vocab
     assert set(work) <= {"backbone", "head", "connector", "tower"}
+
+
+def test_a_runs_ideal_is_its_model_flops_at_the_peak_of_its_devices(monkeypatch):
+    run = config.load(TEXT, [*SMALL, "mesh.fsdp=4"])
+    assert utilisation.ideal_seconds(run, 4) is None  # a CPU's peak is not known
+    monkeypatch.setitem(utilisation.PEAKS, jax.devices()[0].device_kind, 1e9)
+    whole = sum(part.total for part in counted(run).values())
+    assert utilisation.ideal_seconds(run, 4) == whole / 4e9
 
 
 @pytest.mark.parametrize("name, share", [("backbone", 0.5), ("tower", 1.0), ("decoder", 1.0)])

@@ -204,6 +204,21 @@ def test_preemption_has_a_status_of_its_own(tmp_path):
     assert caught.value.exit_status == 143
 
 
+def test_utilisation_is_told_of_real_tokens(tmp_path):
+    asked = []
+
+    def ideal(run, devices):
+        asked.append(devices)
+        return 1e-3
+
+    options = run()
+    train(options, tmp_path, loader=toy.Loader(8), ideal=ideal)
+    assert asked == [1]
+    slots = 4 * options.data.batch_size * options.data.tokens
+    for line in lines(tmp_path, "train"):
+        assert line["mfu"] == pytest.approx(1e-3 / line["seconds_per_step"] * line["tokens"] / slots)
+
+
 def test_profiles_are_written_of_the_steps_asked_for_and_at_a_signal(tmp_path, capsys):
     class Asks(toy.Loader):
         def __next__(self):

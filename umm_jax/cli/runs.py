@@ -83,10 +83,12 @@ def _train(args) -> None:
 
         processes.join(args.coordinator, args.processes, args.process)
         from umm_jax.evaluate.runner import in_training
+        from umm_jax.plan.utilisation import ideal_seconds
         from umm_jax.train.loop import train
 
         watched = run.train.eval_every and run.train.objective == "model"
-        train(run, args.workdir, on_eval=in_training(run, args.workdir) if watched else None)
+        on_eval = in_training(run, args.workdir) if watched else None
+        train(run, args.workdir, on_eval=on_eval, ideal=ideal_seconds)
 
 
 def _eval(args) -> None:

@@ -63,6 +63,7 @@ def train(
     on_eval: Callable[[int, Any], Mapping[str, float]] | None = None,
     family: Family | None = None,
     loader: Any = None,
+    ideal: Callable[[RunConfig, int], float | None] | None = None,
 ) -> dict[str, Any]:
     """Trains `run` in `workdir`, from its newest checkpoint if there is one.
 
@@ -73,6 +74,8 @@ def train(
             `loader` is given.
         loader: iterator of numpy batches with get_state() and set_state(), the run's data unless given.
             Where it has stats(), those are logged; where it has close(), it is closed.
+        ideal: ideal(run, devices) is how many seconds a whole batch takes the devices at their peak, or None
+            where that is not known; from it "mfu" is told.
 
     Returns:
         {"step", "seconds", "compile_seconds", "parameters"} of this call.
@@ -83,10 +86,10 @@ def train(
     """
     workdir = _local(workdir, "--workdir")
     with _alone(workdir) as lock:
-        return _train(run, workdir, on_eval, family or families.get(run.family), loader, lock)
+        return _train(run, workdir, on_eval, family or families.get(run.family), loader, ideal, lock)
 
 
-def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, lock: Lock | None):
+def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal, lock: Lock | None):
     started = time.perf_counter()
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
@@ -150,6 +153,8 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
     compile_seconds = time.perf_counter() - now
     for line in ways:
         _say(f"attention {line}")
+    best = ideal(run, mesh.size) if ideal else None
+    slots = run.data.batch_size * run.data.tokens
     _say(f"compiled  in {compile_seconds:.1f} s; steps {first} to {run.train.steps}")
     # Only now: what failed before this may be mended and begun again in the same folder.
     _claim(workdir, run)
@@ -264,6 +269,9 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader: Any, 
                     line |= {f"{axis}_per_second": line[axis] / seconds for axis in batch}
                     if hasattr(loader, "stats"):
                         line |= {f"data/{name}": value for name, value in loader.stats().items()}
+                    if best is not None:
+                        fill = line["tokens"] / (slots * (step - logged))
+                        line["mfu"] = best * fill / line["seconds_per_step"]
                     line |= _slowest(line["input_wait"])
                     log.write(step, "train", line)
                     progress.log(step, line)

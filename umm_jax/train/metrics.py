@@ -6,6 +6,8 @@ metrics.jsonl has one JSON object a line, told apart by "kind":
             seconds_per_step, input_wait (share of the time spent waiting for data), tokens_per_second,
             images_per_second, tokens, images (real ones seen in these steps), data/NAME of the loader,
             goodput (share of this start's time so far that went into steps that count), skipped (steps),
+            mfu (where the peak of the devices is known: the model FLOPs of a batch times the share of its
+            tokens that are real, over what the devices could have done),
             input_wait_worst and input_wait_worst_process (several processes)
     alarm   a save that failed while the run went on: why
     anomaly a step that went wrong: why, policy, batch (where it is kept), back (the step gone back to)
