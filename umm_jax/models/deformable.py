@@ -39,8 +39,9 @@ from umm_jax.sharding import rows_here
 Sides = Sequence[int | tuple[int, int]]
 
 # Largest dense map that a device holds, all its rows together, in elements (32 MiB in bfloat16); more queries
-# are taken in turns.
+# are taken in turns, but not fewer than LANES at a time: a matrix unit would stand idle.
 HAT_BUDGET = 2**24
+LANES = 128
 
 
 def sample(
@@ -214,8 +215,8 @@ def _turn(queries: int, most: int) -> int:
     """How many queries to take at a time, at most `most`."""
     if queries <= most:
         return queries
-    # Queries end up along the 128 lanes of a TPU: whole lanes, and no remainder if possible.
-    whole = [size for size in range(128, most + 1, 128) if queries % size == 0]
+    # Queries end up along the lanes of a TPU: whole ones, and no remainder if possible.
+    whole = [size for size in range(LANES, most + 1, LANES) if queries % size == 0]
     return max(whole) if whole else math.ceil(queries / math.ceil(queries / most))
 
 
@@ -226,7 +227,7 @@ def _hats(values, locations, weights, shapes):
     locations = jnp.transpose(locations, (0, 3, 1, 2, 4, 5, 6))
     weights = jnp.transpose(weights, (0, 3, 1, 2, 4, 5))
     per_query = rows_here(b) * heads * values.shape[2] * values.shape[3]
-    size = _turn(q, max(1, HAT_BUDGET // per_query))
+    size = _turn(q, max(LANES, HAT_BUDGET // per_query))
     if size == q:
         out = _dense(values, locations, weights, shapes)
     else:

@@ -88,12 +88,14 @@ class UNetSync(nnx.Module):
         self, skips: Sequence[jax.Array], mid: jax.Array, values: Sequence[jax.Array], visible: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:
         """Skips [B, h, w, C], mid map, values from :meth:`project`, visible bool [B, N] -> skips and mid."""
-
-        def run(sync, *args):
-            if self.config.remat == "none":
-                return sync(*args)
-            return remade(lambda *a: sync(*a), policy=checkpoint_policy(self.config.remat))(*args)
-
-        *down, last = values
-        synced = [run(sync, x, v, visible) for sync, x, v in zip(self.down, skips, down, strict=True)]
-        return synced, run(self.mid, mid, last, visible)
+        places = zip((*self.down, self.mid), (*skips, mid), values, strict=True)
+        if self.config.remat == "none":
+            *synced, middle = [sync(x, v, visible) for sync, x, v in places]
+            return synced, middle
+        policy, synced = checkpoint_policy(self.config.remat), []
+        for sync, x, v in places:
+            if synced:
+                # One after another, there and back: else what all of them sample with may be alive at once.
+                x, synced[-1] = jax.lax.optimization_barrier((x, synced[-1]))
+            synced.append(remade(lambda *a, sync=sync: sync(*a), policy=policy)(x, v, visible))
+        return synced[:-1], synced[-1]
