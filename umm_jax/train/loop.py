@@ -182,10 +182,23 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
         run.train.hang_minutes and 60 * run.train.hang_minutes, workdir, str(jax.process_index())
     )
 
+    def alarm(error: StorageError):
+        _say(f"ALARM     {error}")
+        log.write(step, "alarm", {"why": str(error)})
+        checkpoints.reopen()
+
+    def finish_save():
+        """Waits for the save before; that it failed must not cost the next one."""
+        try:
+            checkpoints.wait()
+        except StorageError as error:
+            alarm(error)
+
     def save():
         nonlocal saved
         if lock is not None:
             lock.check()
+        finish_save()
         checkpoints.save(step, state, loader.get_state(), identity, {"losses": watch.history()})
         saved = step
 
@@ -194,9 +207,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
         try:
             save()
         except StorageError as error:
-            _say(f"ALARM     {error}")
-            log.write(step, "alarm", {"why": str(error)})
-            checkpoints.reopen()
+            alarm(error)
 
     def settle():
         """Deals with the steps that went wrong. True where the run has gone back to a checkpoint."""
@@ -217,7 +228,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
                 f"{why}: training stopped, nothing was saved after it{replay}; lower optim.lr, raise "
                 "optim.warmup, look at the data of that step, or set train.anomaly to skip or rollback"
             )
-        checkpoints.wait()
+        finish_save()
         back = checkpoints.latest()
         if back is None:
             raise UserError(f"{why}, and there is no checkpoint to go back to")

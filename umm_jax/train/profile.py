@@ -31,7 +31,8 @@ class Profile:
             self._window = range(step, step + STEPS)
         self._asked.clear()
         if step in self._window and not self._on:
-            jax.profiler.start_trace(str(self._folder))
+            # A folder each: JAX names what it writes by the second.
+            jax.profiler.start_trace(str(self._place))
             self._on = True
 
     def end(self, step: int, value) -> str | None:
@@ -40,13 +41,17 @@ class Profile:
             return None
         jax.block_until_ready(value)
         self._finish()
-        return f"profile   of steps {self._window.start} to {step} in {self._folder}"
+        return f"profile   of steps {self._window.start} to {step} in {self._place}"
 
     def close(self) -> None:
         """Completes what was begun, and listens no more."""
         self._finish()
         if self._before is not None:
             signal.signal(signal.SIGUSR1, self._before)
+
+    @property
+    def _place(self) -> Path:
+        return self._folder / f"steps-{self._window.start}-{self._window.stop - 1}"
 
     def _finish(self) -> None:
         if self._on:
