@@ -1,17 +1,11 @@
 """What eight devices of two processes saved is the same on any others, and in half precision."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import jobs
 import ml_dtypes
 import numpy as np
 from test_sharding import on_eight_devices
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SAVES = """
 import sys, jax, numpy as np
@@ -64,28 +58,7 @@ for count, axes, dtype in json.loads(sys.argv[2]):
 
 
 def test_saved_by_two_processes_and_restored_on_other_meshes(tmp_path):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVES, str(port), str(process), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in (0, 1)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert not any(process.returncode for process in running), [error[-2000:] for error in errors]
-
+    jobs.two_processes(SAVES, str(tmp_path))
     cases = [
         (1, (1, 1, 1), "float32"),
         (2, (2, 1, 1), "float32"),

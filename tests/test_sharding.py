@@ -1,13 +1,13 @@
 """Placements on 8 virtual devices. Each test that needs them runs its body in a process of its own."""
 
 import math
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import jax
+import jobs
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,16 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def on_eight_devices(body: str, *arguments: str) -> str:
     """Runs `body` where JAX sees 8 CPU devices; returns what it prints."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(body), *arguments],
-        env=environment,
+        env=jobs.environment(8),
         capture_output=True,
         text=True,
         timeout=120,

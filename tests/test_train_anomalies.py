@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 import toy_family as toy
-from test_train_loop import KILL_RUN, assert_same_bits, final_state, train
+from test_train_loop import assert_same_bits, final_state, train
 
 from umm_jax import families
-from umm_jax.errors import CheckpointError, ConfigError, Preempted, StorageError, UserError
+from umm_jax.errors import CheckpointError, ConfigError, StorageError, UserError
 from umm_jax.train import anomalies, checkpoint, metrics
 from umm_jax.train.anomalies import FEWEST, PATIENCE, Watch
 from umm_jax.train.checkpoint import Checkpoints
@@ -206,18 +206,6 @@ def test_recent_periodic_and_best_checkpoints_stay(tmp_path):
 def test_options_that_mean_nothing_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         run(**options)
-
-
-def test_preemption_has_a_status_of_its_own(tmp_path):
-    class Taken(toy.Loader):
-        def __next__(self):
-            if self.next == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__next__()
-
-    with pytest.raises(Preempted, match="stopped at step") as caught:
-        train(KILL_RUN, tmp_path, loader=Taken(8))
-    assert caught.value.exit_status == 143
 
 
 def test_utilisation_is_told_of_real_tokens(tmp_path):

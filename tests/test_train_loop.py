@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jobs
 import numpy as np
 import pytest
 import toy_family as toy
@@ -20,7 +20,7 @@ from flax import nnx
 from test_sharding import on_eight_devices
 
 from umm_jax import config, sharding
-from umm_jax.errors import BusyError, ConfigError, DataError, Interrupted, UserError
+from umm_jax.errors import BusyError, ConfigError, DataError, Preempted, UserError
 from umm_jax.models.layers import Keys
 from umm_jax.train import loop, metrics, state, step
 from umm_jax.train.checkpoint import Checkpoints
@@ -228,12 +228,9 @@ def whole(tmp_path_factory):
 def test_killed_three_times_a_run_ends_with_the_same_bits(tmp_path, whole):
     kills = sorted(random.SystemRandom().sample(range(1, 12), 3))
     environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **jobs.environment(),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     for at in (*kills, -1):
         command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(at)]
@@ -255,8 +252,9 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, whole):
             return super().__next__()
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped at step .*run the same command again"):
+    with pytest.raises(Preempted, match="stopped at step .*run the same command again") as caught:
         train(KILL_RUN, tmp_path / "stopped", loader=Terminated(8))
+    assert caught.value.exit_status == 143
     assert signal.getsignal(signal.SIGTERM) == before
     latest = Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).latest()
     assert latest == 3  # the step that was running was finished
@@ -388,30 +386,8 @@ TWO_RUN = toy.run_config(
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_stop_together_go_on_and_equal_one_device(tmp_path):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
     for mode, word in (("stop", "interrupted"), ("go", "finished")):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
-        running = [
-            subprocess.Popen(
-                [*command, str(process), str(tmp_path), mode],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in (0, 1)
-        ]
-        ended = [process.communicate(timeout=200) for process in running]
-        assert all(word in out for out, _ in ended), [err[-2000:] for _, err in ended]
+        assert all(word in out for out in jobs.two_processes(TWO_PROCESSES, str(tmp_path), mode))
     log = [x for x in metrics.read_metrics(tmp_path / "metrics.jsonl") if x["kind"] == "train"]
     assert [x["step"] for x in log] == list(range(2, 21, 2))
     one = toy.run_config(train={"accumulate": 2})

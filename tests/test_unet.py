@@ -1,6 +1,5 @@
 """The denoising UNet: shapes and hooks of every option, and parity with the reference noise prediction."""
 
-import functools
 import re
 
 import jax
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from parity import decoder_sync_params, fixture, load
+from remade import kept_and_gradients
 
-from umm_jax import compiler
 from umm_jax.errors import ConfigError
 from umm_jax.models.unet import UNet, UNetConfig
 from umm_jax.models.unet_blocks import ResnetBlock, timestep_embedding
@@ -256,8 +255,6 @@ def test_a_synchronizer_made_again_keeps_less_and_has_the_same_gradients():
     skips = [jax.random.normal(jax.random.key(9 + s), (2, s, s, w)) for s, w in shapes]
     mid, visible = jax.random.normal(jax.random.key(5), (2, side, side, width)), jnp.arange(3) < 2
 
-    quick = functools.partial(jax.jit, compiler_options=compiler.once(jax.devices()))
-
     def gradients(remat):
         config = UNetSyncConfig(12, 16, 4, 2, (8, 4), position_grid=8, out_init=0.5, remat=remat)
         graphdef, state = nnx.split(UNetSync(config, shapes, (side, width), rngs=nnx.Rngs(0)))
@@ -267,8 +264,7 @@ def test_a_synchronizer_made_again_keeps_less_and_has_the_same_gradients():
             down, middle = module(skips, mid, module.project(maps), jnp.tile(visible, (2, 1)))
             return sum(jnp.mean(x**2) for x in (*down, middle))
 
-        kept = jax.eval_shape(lambda s: jax.vjp(loss, s)[1], state)
-        return sum(leaf.size for leaf in jax.tree.leaves(kept)), quick(jax.grad(loss))(state)
+        return kept_and_gradients(loss, state)
 
     (some, one), (few, other) = gradients("none"), gradients("full")
     assert few < 0.6 * some

@@ -1,7 +1,6 @@
 """Vision towers: the reference's numbers for CLIP with adapter, shapes and noise of the small pyramid."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from parity import clip_adapter_params, filled, fixture, linear, load, qformer_params
+from remade import kept_and_gradients
 
-from umm_jax import compiler
 from umm_jax.errors import ConfigError
 from umm_jax.models.pyramid import Pyramid, PyramidConfig
 from umm_jax.models.resampler import QFormer, ResamplerConfig
@@ -83,8 +82,6 @@ TINY = ClipAdapterConfig(
 def test_a_tower_made_again_keeps_less_and_has_the_same_gradients():
     pixels = jnp.asarray(_images(1, 56))
 
-    quick = functools.partial(jax.jit, compiler_options=compiler.once(jax.devices()))
-
     def gradients(remat):
         tower = ClipAdapter(dataclasses.replace(TINY, remat=remat, extra=1), rngs=nnx.Rngs(0))
         graphdef, state = nnx.split(tower)
@@ -95,8 +92,7 @@ def test_a_tower_made_again_keeps_less_and_has_the_same_gradients():
             seen = nnx.merge(graphdef, s)(pixels)
             return jnp.mean(seen.tokens**2) + sum(jnp.mean(m**2) for m in seen.maps)
 
-        kept = jax.eval_shape(lambda s: jax.vjp(loss, s)[1], state)
-        return sum(leaf.size for leaf in jax.tree.leaves(kept)), quick(jax.grad(loss))(state)
+        return kept_and_gradients(loss, state)
 
     (some, one), (few, other) = gradients("none"), gradients("full")
     assert few < 0.6 * some

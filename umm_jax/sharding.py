@@ -89,7 +89,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     Raises:
         DeviceError: as :func:`make_mesh`.
     """
-    return AbstractMesh(_sizes(config, devices, "no"), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(_sizes(config, devices, "planned"), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _works(have: int) -> str:

@@ -101,6 +101,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _version(args) -> None:
-    from umm_jax.evaluate.report import versions
+    from umm_jax.versions import versions
 
     print("  ".join(f"{name} {number}" for name, number in versions().items()))

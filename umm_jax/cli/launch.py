@@ -89,7 +89,7 @@ def _queued(args) -> None:
         Path(args.state or f"launches/{args.name}.json"), queued.asked(job, topology, place)
     )
     if args.dry_run:
-        body = queued.request(job, topology, place, record.attempt)
+        body = queued.request(job, topology, place, record.resource)
         print("CreateQueuedResource", json.dumps(body, indent=1))
         return
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731

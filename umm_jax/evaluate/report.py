@@ -8,19 +8,17 @@ eval/            results.json (figures and oracles) and samples.msgpack (what wa
 
 import json
 import math
-import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from umm_jax import __version__
 from umm_jax.conversation import Conversation, Image, spell
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import CheckpointError, DataError
 from umm_jax.evaluate import cost, html
+from umm_jax.versions import versions
 
 SCHEMA = 1
 MOST_POINTS = 400  # of a curve in the report; metrics.jsonl keeps them all
@@ -147,17 +145,6 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     except Exception as error:  # msgpack raises many kinds for damaged bytes
         raise DataError(f"{path}: damaged ({error or type(error).__name__}); run umm eval --again") from None
     return [{**s, "conversation": Conversation.from_msgpack(s["conversation"])} for s in samples]
-
-
-def versions() -> dict[str, str]:
-    """Of this package, Python and what the figures depend on; absent packages are left out."""
-    found = {"umm_jax": __version__, "python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # --- the page -----------------------------------------------------------------------------------------

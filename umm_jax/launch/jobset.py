@@ -17,6 +17,8 @@ ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
 }
 
+HOST = 4  # chips of a host of a slice with several hosts
+
 
 def manifest(
     job: Job, topology: Topology, image: str, *, namespace: str = "default", spot: bool = False
@@ -26,8 +28,9 @@ def manifest(
     Args:
         image: with umm_jax in it, see the Dockerfile. spot: on spot nodes, which they have to be labelled as.
     """
-    chips = min(topology.per_host, topology.chips // topology.slices)
-    hosts = topology.chips // topology.slices // chips
+    slice_chips = topology.chips // topology.slices
+    chips = min(HOST, slice_chips)
+    hosts = slice_chips // chips
     nodes = {
         "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[topology.chip.name],
         "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),

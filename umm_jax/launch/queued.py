@@ -59,10 +59,14 @@ class Place:
     def parent(self) -> str:
         return f"projects/{self.project}/locations/{self.zone}"
 
+    def name(self, resource: str) -> str:
+        """Of a queued resource, as the API calls it."""
+        return f"{self.parent}/queuedResources/{resource}"
+
 
 def startup_script(job: Job, place: Place, resource: str) -> str:
     """What every worker runs at boot, as root."""
-    name = f"{place.parent}/queuedResources/{resource}"
+    name = place.name(resource)
     env = " ".join(f"-e {shlex.quote(f'{key}={value}')}" for key, value in job.env.items())
     docker = (
         f"docker run --rm --name umm --privileged --net=host --ipc=host --stop-timeout={job.grace} "
@@ -91,9 +95,8 @@ curl -s -X DELETE -H "Authorization: Bearer $token" 'https://tpu.googleapis.com/
 """
 
 
-def request(job: Job, topology: Topology, place: Place, attempt: int) -> dict[str, Any]:
+def request(job: Job, topology: Topology, place: Place, resource: str) -> dict[str, Any]:
     """The body of CreateQueuedResource, as JSON would hold it."""
-    resource = f"{job.name}-{attempt}"
     node: dict[str, Any] = {
         "accelerator_type": topology.accelerator,
         "runtime_version": place.runtime or RUNTIMES[topology.chip.name],
@@ -152,6 +155,11 @@ class Record:
                     f"{path} is of another launch: {', '.join(odd)} differ; give another --state, or end "
                     "it with --delete first"
                 )
+
+    @property
+    def resource(self) -> str:
+        """The one that was asked for last."""
+        return f"{self.asked['job']['name']}-{self.attempt}"
 
     def write(self, phase: str, what: str) -> None:
         """What is about to happen, or has; on disk when this returns."""
@@ -214,11 +222,11 @@ def run(
     try:
         while record.phase != "ended":
             if record.phase == "create":
-                _create(service, record, request(job, topology, place, record.attempt), say)
+                _create(service, record, request(job, topology, place, record.resource), say)
                 continue
-            state, why = _look(service, f"{place.parent}/queuedResources/{job.name}-{record.attempt}", say)
+            state, why = _look(service, place.name(record.resource), say)
             if state != seen:
-                say(f"{job.name}-{record.attempt}: {state.lower().replace('_', ' ')}{why and f' ({why})'}")
+                say(f"{record.resource}: {state.lower().replace('_', ' ')}{why and f' ({why})'}")
                 if state == "ACTIVE":
                     record.write("watch", "active")
             if state == "NOT_FOUND":
@@ -229,19 +237,19 @@ def run(
                     record.write("ended", "the machines have given themselves back")
             elif state in ("SUSPENDED", "FAILED") and record.phase == "watch":
                 if state == "FAILED" and not _again(why):
-                    raise DeviceError(f"{job.name}-{record.attempt} failed: {why}")
+                    raise DeviceError(f"{record.resource} failed: {why}")
                 if record.attempt > job.restarts:
                     raise DeviceError(f"{job.name}: asked for {record.attempt} times: given up")
                 record.write("delete", why or state.lower())
-                _delete(service, f"{place.parent}/queuedResources/{job.name}-{record.attempt}", say)
+                _delete(service, place.name(record.resource), say)
             elif record.phase == "delete" and state not in ("DELETING", seen):
-                _delete(service, f"{place.parent}/queuedResources/{job.name}-{record.attempt}", say)
+                _delete(service, place.name(record.resource), say)
             seen = state
             if record.phase in ("watch", "delete"):
                 time.sleep(poll)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped watching; {job.name}-{record.attempt} goes on without us. The same command watches it "
+            f"stopped watching; {record.resource} goes on without us. The same command watches it "
             "again, --delete ends it"
         ) from None
     return f"ended: {record.history[-1]['what']}; see {job.workdir}"
@@ -249,7 +257,7 @@ def run(
 
 def delete(service: Any, record: Record, job: Job, place: Place, *, say: Callable[[str], None]) -> None:
     """Gives back what was asked for last; no new one is asked for."""
-    name = f"{place.parent}/queuedResources/{job.name}-{record.attempt}"
+    name = place.name(record.resource)
     if _look(service, name, say)[0] != "NOT_FOUND":
         _delete(service, name, say)
     record.write("ended", "deleted")

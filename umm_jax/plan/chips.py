@@ -60,11 +60,6 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     @property
-    def per_host(self) -> int:
-        """Chips of a host of a slice with several hosts."""
-        return 4
-
-    @property
     def accelerator(self) -> str:
         """As Cloud TPU calls the kind and size of one slice: v4 and v5p count cores, two a chip."""
         chips = math.prod(self.shape)

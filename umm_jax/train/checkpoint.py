@@ -13,7 +13,6 @@ writer removes. Restoring is always to shapes that carry *our* sharding, so the 
 """
 
 import errno
-import importlib.metadata
 import json
 import logging
 import shutil
@@ -34,6 +33,7 @@ from umm_jax.errors import CheckpointError, ConfigError, StorageError
 from umm_jax.families.contract import ModelConfig
 from umm_jax.train.optimizer import Tree, flatten, unflatten
 from umm_jax.train.state import TrainState, abstract_params
+from umm_jax.versions import versions
 
 # How a disk says no, in errno and in the words of the storage library.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -138,7 +138,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             iterator=ocp.args.JsonSave(
-                {"processes": _of_all_processes(iterator), "notes": dict(notes or {}), "code": code()}
+                {"processes": _of_all_processes(iterator), "notes": dict(notes or {}), "code": versions()}
             ),
             config=ocp.args.JsonSave(dict(config)),
         )
@@ -324,11 +324,6 @@ class _Stay(preservation_policy.PreservationPolicy):
             scores = {step: found for step in steps if (found := score(step)) is not None}
             stay |= set(sorted(scores, key=lambda step: (-scores[step], step))[:number])
         return [step in stay for step in steps]
-
-
-def code() -> dict[str, str]:
-    """Versions of what computed a checkpoint."""
-    return {name: importlib.metadata.version(name) for name in ("umm_jax", "jax", "flax", "optax", "grain")}
 
 
 def load_params(
