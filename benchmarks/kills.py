@@ -1,12 +1,13 @@
 """Kills a run again and again, and holds what it ends with against a run that nobody killed.
 
-    python benchmarks/kills.py --kills=100 --processes=1
+    python benchmarks/kills.py --kills=100 --processes=1 --signal=KILL
 
 Trains world_tiny on a few dialogues, made here. Every third kill waits until a checkpoint is being written;
 the others come at a random time, from before the first step to the middle of training. After each kill the
-newest complete checkpoint is read, whole. At the end every array of the state is compared bit for bit, and
-every logged loss. Prints a JSON object: kills, how many fell into a save, at which steps, what was read, what
-differed.
+newest complete checkpoint is read, whole. With --signal=TERM a run must save and end with the status of a
+preempted one, unless it was too young to listen. At the end every array of the state is compared bit for bit,
+and every logged loss. Prints a JSON object: kills, how many fell into a save, at which steps, what was read,
+what differed.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from umm_jax.train.checkpoint import Checkpoints
 from umm_jax.train.metrics import read_metrics
 from umm_jax.train.optimizer import flatten
 
+PREEMPTED = 128 + signal.SIGTERM
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "world_tiny.py"
 
@@ -108,10 +110,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    # A kill at a random time loses four steps of a few; the run must outlast all of them.
-    steps = 4 * args.kills + 20
+    # A kill at a random time loses up to four steps of a few, a signal that is listened to none; the run must
+    # outlast all of them.
+    steps = {"KILL": 4, "TERM": 14}[args.signal] * args.kills + 20
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cli.dispatch(
@@ -137,6 +141,8 @@ def main() -> None:
             "kills": 0,
             "during_save": 0,
             "before_a_step": 0,
+            "signal": args.signal,
+            "too_young": 0,
         }
         at, read, early = [], 0, 0
         while found["kills"] < args.kills:
@@ -158,9 +164,14 @@ def main() -> None:
                 break
             hit = saving(workdir)
             for process in running:
-                process.send_signal(signal.SIGKILL)
-            for process in running:
-                process.communicate()
+                process.send_signal(getattr(signal, f"SIG{args.signal}"))
+            errors = [process.communicate()[1] for process in running]
+            status = [process.returncode for process in running]
+            if args.signal == "TERM" and set(status) != {PREEMPTED}:
+                # Before a run listens for the signal, it ends by it; so does a process left by its peers.
+                if reached(workdir) > before and PREEMPTED not in status:
+                    sys.exit(f"SIGTERM ended the run with {status}:\n{errors[0][-3000:]}")
+                found["too_young"] += 1
             found["kills"] += 1
             found["during_save"] += hit
             found["before_a_step"] += reached(workdir) <= before

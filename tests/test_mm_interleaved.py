@@ -327,6 +327,51 @@ def test_more_noise_draws_are_a_steadier_estimate_of_the_same_loss(config, strea
     assert abs(eight.mean() - one.mean()) < 3 * (one.std() + eight.std()) / len(one) ** 0.5
 
 
+def test_images_drawn_in_turns_give_the_loss_and_gradients_of_all_at_once(streams):
+    config = toy.model_config(noise_draws=2, decoder_images="visible")
+    data = rows(config, [streams, streams[1:]])
+
+    def learned(chunk):
+        model = toy.model(replace(config, draw_chunk=chunk))
+        graphdef, params = nnx.split(model)
+        # Not where a fresh decoder starts, whose last layer of zeros hides every gradient before it.
+        keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(params))))
+        moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape, p.dtype), params)
+
+        def loss(params):
+            sums, _ = nnx.merge(graphdef, params).loss_sums(data, jax.random.key(2))
+            return sums["text"] + 3 * sums["image"], sums
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(moved)
+
+    (whole, sums), gradients = learned(None)
+    (total, own), found = learned(2)
+    np.testing.assert_allclose(own["image"], sums["image"], rtol=1e-5)
+    np.testing.assert_allclose(total, whole, rtol=1e-5)
+    for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(gradients), strict=True):
+        close = 1e-4 * np.abs(other).max() + 1e-7
+        np.testing.assert_allclose(one, other, atol=close, err_msg=jax.tree_util.keystr(path))
+    with pytest.raises(ConfigError, match="draw_chunk is 4, which does not divide the 6 images"):
+        learned(4)
+
+
+def test_images_in_turns_take_no_gradients_of_what_is_frozen(streams):
+    config = toy.model_config(draw_chunk=2)
+    graphdef, params = nnx.split(toy.model(config))
+    data = rows(config, [streams])
+    trained, frozen = nnx.to_pure_dict(params), {}
+    frozen["unet"] = trained.pop("unet")
+
+    def products(*of):
+        def loss(trained, frozen):
+            state = nnx.State({**trained, **frozen})
+            return nnx.merge(graphdef, state).loss_sums(data, jax.random.key(2))[0]["image"]
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=of))(trained, frozen)).count("conv_general_dilated")
+
+    assert products(0) < products(0, 1)
+
+
 def test_changing_one_packed_conversation_leaves_the_others_bit_identical(config, model, streams):
     put = toy.serializer(config)
     other = put(toy.conversation(7, upload=True))

@@ -272,7 +272,45 @@ def test_a_plan_for_chips_that_are_not_there(cache, tmp_path, topology, slices):
     assert found["devices"] == 4 * slices and found["estimate"]["seconds"] > 0
     assert found["facts"]["memory"]["peak_memory"] > found["facts"]["state_bytes"]
     assert any(one["axes"] == "fsdp" for one in found["collectives"])
-    assert any("between slices" in note for note in found["notes"]) == (slices > 1)
+    between = [one for one in found["collectives"] if one["axes"] == "slices"]
+    assert len(between) == (slices > 1) and all(one["seconds"] > 0 for one in between)
+
+
+BETWEEN = """
+HloModule step, is_scheduled=true
+
+%body (p: (s32[], f32[1000])) -> (s32[], f32[1000]) {
+  %p = (s32[], f32[1000]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%p), index=0
+  %x = f32[1000]{0} get-tuple-element(%p), index=1
+  %t = token[] after-all()
+  %s = (f32[1000]{0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true
+  %d = token[] send-done(%s), channel_id=1, is_host_transfer=true
+  ROOT %out = (s32[], f32[1000]{0}) tuple(%k, %x)
+}
+
+%condition (p: (s32[], f32[1000])) -> pred[] {
+  %p = (s32[], f32[1000]{0}) parameter(0)
+  ROOT %c = pred[] constant(false)
+}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[1000]{0}) tuple(%zero, %a)
+  %loop = (s32[], f32[1000]{0}) while(%init), condition=%condition, body=%body, backend_config=TURNS
+  ROOT %got = f32[1000]{0} get-tuple-element(%loop), index=1
+}
+""".replace("TURNS", '{"known_trip_count":{"n":"5"}}')
+
+
+def test_what_goes_between_slices_takes_the_time_of_their_network():
+    program = hlo.parse(BETWEEN)
+    (moved,), notes = estimate._between_slices(program, chips.CHIPS["v5p"])
+    assert (moved.count, moved.bytes, notes) == (5, 5 * 4000, [])
+    assert moved.seconds == 5 * 4000 / (50e9 / 8)  # 50 Gbit/s a chip
+    found, (note,) = estimate._between_slices(program, chips.CHIPS["v4"])
+    assert found == [] and "5 transfers between slices" in note and "not published" in note
 
 
 def test_slices_are_spanned_by_the_data_axis():

@@ -1,11 +1,12 @@
-"""Token cross-entropy, over chunks of the vocabulary projection."""
+"""Token cross-entropy, over chunks of the vocabulary projection; losses whose gradient is taken in turns."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from umm_jax.models.layers import part, remade
+from umm_jax.models.layers import is_plain, part, remade
 
 
 def next_token_targets(tokens: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -107,3 +108,44 @@ def _needed_losses(hidden, head, targets, chunk: int, needed):
     back = jnp.argsort(order, axis=1)
     found = (jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in found)
     return tuple(jnp.take_along_axis(a, back, axis=1) for a in found)
+
+
+def in_turns(loss: Callable[[Any], jax.Array], xs: Any) -> jax.Array:
+    """Sum of `loss` over the leading axis of `xs`, with one turn's arrays in memory at a time.
+
+    The gradient is taken turn by turn on the way forward, summed in float32, and only scaled on the way back:
+    a loss that stands at the end of a model needs nothing kept for it, and nothing computed twice. It reaches
+    what `loss` closes over, where that is differentiated. `xs` get none; there is no second derivative.
+
+    Args:
+        loss: gives a float32 scalar.
+        xs: any structure of arrays; `loss` sees them without their leading axis, which all have.
+    """
+    if is_plain():
+        return jnp.sum(jax.lax.map(loss, jax.lax.stop_gradient(xs)))
+    loss, closed = jax.closure_convert(loss, jax.tree.map(lambda x: x[0], xs))
+
+    @jax.custom_vjp
+    def total(closed, xs):
+        return jax.lax.scan(lambda so_far, x: (so_far + loss(x, *closed), None), jnp.float32(0), xs)[0]
+
+    def forward(closed, xs):
+        values, xs = (jax.tree.map(lambda leaf: leaf.value, tree) for tree in (closed, xs))
+        wanted = {k: leaf.value for k, leaf in enumerate(closed) if leaf.perturbed}
+
+        def turn(so_far, x):
+            def of(wanted):
+                return loss(x, *(wanted.get(k, value) for k, value in enumerate(values)))
+
+            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(of)(wanted)), None
+
+        nothing = (jnp.float32(0), {k: jnp.zeros(leaf.shape) for k, leaf in wanted.items()})
+        return jax.lax.scan(turn, nothing, xs)[0]
+
+    def backward(grads, scale):
+        return [
+            (scale * grads[k]).astype(x.dtype) if k in grads else None for k, x in enumerate(closed)
+        ], None
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total(closed, xs)

@@ -17,7 +17,8 @@ class Chip:
     Attributes:
         peak: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: of it, bytes/s.
         clock: cycles/s that the compiler's estimates are divided by.
-        links: bytes/s to other chips of the slice, all links together. published.
+        links: bytes/s to other chips of the slice, all links together.
+        network: bytes/s to other slices, a chip's share of the data-centre network; None is not published.
         dims: of its topologies. largest: chips of a slice.
     """
 
@@ -27,18 +28,20 @@ class Chip:
     bandwidth: float
     clock: float
     links: float
+    network: float | None
     dims: int
     largest: int
 
 
-# Peak, memory, bandwidth and links as Google's pages of Cloud TPU versions say them. Clocks: v5e and v5p from
+# Peak, memory, bandwidth, links and network as Google's pages of Cloud TPU versions say them (network of v5e
+# and v6e: that of a pod of 256 chips, shared). Clocks: v5e and v5p from
 # peak and number of matrix units; v6e inferred, as a large product then runs at 97 % of the peak. Only v5p
 # and v6e have been held against published steps.
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 300e9, 3, 4096),
-    "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 200e9, 2, 256),
-    "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1.75e9, 600e9, 3, 8960),
-    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 448e9, 2, 256),
+    "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 300e9, None, 3, 4096),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 200e9, 3.125e9, 2, 256),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1.75e9, 600e9, 6.25e9, 3, 8960),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 448e9, 12.5e9, 2, 256),
 }
 
 

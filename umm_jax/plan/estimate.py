@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from umm_jax.plan import memory
-from umm_jax.plan.chips import GIB, Topology
+from umm_jax.plan.chips import GIB, Chip, Topology
 from umm_jax.plan.compiling import Compiled
 from umm_jax.plan.counting import is_backward, part_of
 from umm_jax.plan.hlo import Collective, Program
@@ -136,14 +136,14 @@ def report(made: Compiled, topology: Topology | None, tokens: int) -> Report:
     found = dict(executed=dict(executed), traffic=dict(traffic), replay=memory.replay(program))
     if program.unknown_loops:
         notes.append(f"{len(program.unknown_loops)} loops whose turns are not known are counted once")
-    if between := sum(count for _, one, count in program.each() if one.opcode == "send"):
-        notes.append(f"{between} transfers between slices go through the hosts: their time is missing")
     if chip is None:
         return Report(**common, **found, notes=tuple(notes))
     by_part: dict[str, dict[str, float]] = defaultdict(lambda: {"forward": 0.0, "backward": 0.0})
     for name, cycles in program.cycles_by_name().items():
         by_part[part_of(name)]["backward" if is_backward(name) else "forward"] += cycles / chip.clock
     moved = _moved(program, facts["mesh"], topology)
+    between, note = _between_slices(program, chip)
+    moved, notes = moved + between, notes + note
     cycles = program.cycles / chip.clock
     kernels, note = _kernels(program, chip.peak)
     open_, hidden = (sum(m.seconds for m in moved if m.hidden is which) for which in (False, True))
@@ -175,6 +175,21 @@ def _moved(program: Program, mesh: dict[str, int], topology: Topology) -> list[M
         (Moved(k, axes, int(n), int(b), s, h) for (k, axes, h), (n, b, s) in sums.items()),
         key=lambda m: -m.seconds,
     )
+
+
+def _between_slices(program: Program, chip: Chip) -> tuple[list[Moved], list[str]]:
+    """What goes from slice to slice, through the hosts; begun and ended apart, as all of it is."""
+    count, size = 0, 0
+    for computation, one, times in program.each():
+        if one.opcode == "send":
+            count += times
+            size += times * sum(a.bytes for a in computation.by_name[one.operands[0]].arrays)
+    if not count:
+        return [], []
+    if chip.network is None:
+        said = f"{count} transfers between slices, {size / 1e9:.2f} GB: their time is missing, as the network"
+        return [], [f"{said} of {chip.name} is not published"]
+    return [Moved("send", "slices", count, size, size / chip.network, True)], []
 
 
 def _links(axes: str, mesh: dict[str, int]) -> float:

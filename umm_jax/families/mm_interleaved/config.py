@@ -57,6 +57,8 @@ class ModelConfig:
             gradient, at the cost of the decoder alone.
         visual_std, head_std: initial scale of the projection to visual tokens, and of the output head.
         loss_chunk: positions whose logits are held at a time; None holds all.
+        draw_chunk: images of a row that the decoder is run on at a time, there and back, so that what its
+            gradient needs is kept of these alone; None is all. Divides the images it is trained on.
     """
 
     layout: LayoutConfig = LayoutConfig()
@@ -81,6 +83,7 @@ class ModelConfig:
     visual_std: float = 1e-3
     head_std: float = 0.02
     loss_chunk: int | None = None
+    draw_chunk: int | None = None
 
     def __post_init__(self):
         tower, layout = self.tower.chosen, self.layout
@@ -120,6 +123,8 @@ class ModelConfig:
             raise ConfigError("schedule.guidance needs images trained without condition: set uncond_prob > 0")
         if self.max_drawn is not None and self.max_drawn < 1:
             raise ConfigError(f"max_drawn must be positive, or null for all, it is {self.max_drawn}")
+        if self.draw_chunk is not None and self.draw_chunk < 1:
+            raise ConfigError(f"draw_chunk must be positive, or null for all, it is {self.draw_chunk}")
         if self.noise_draws < 1:
             raise ConfigError(f"noise_draws must be at least 1, it is {self.noise_draws}")
         if self.compat == "release" and (self.max_drawn is not None or self.image_loss is not None):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from umm_jax.errors import ConfigError
 from umm_jax.families.mm_interleaved.config import ContextConfig, ModelConfig
 from umm_jax.models import layers as L
 from umm_jax.models import masks
@@ -22,7 +23,7 @@ from umm_jax.models.autoencoder import make_autoencoder
 from umm_jax.models.backbone import Backbone, Head
 from umm_jax.models.diffusion import Noised
 from umm_jax.models.image_loss import block_weights, pool_weights, weighted_mse
-from umm_jax.models.losses import cross_entropy, next_token_targets
+from umm_jax.models.losses import cross_entropy, in_turns, next_token_targets
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.resampler import build as make_resampler
 from umm_jax.models.sampling import guided, make_schedule
@@ -258,9 +259,8 @@ class MMInterleaved(nnx.Module):
         targets, weight = next_token_targets(batch["tokens"])
         nll, hits = cross_entropy(hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
         drawn = self.drawn(batch)
-        told = self.denoise(drawn, hidden, maps, self.draw(drawn["draw"].size, image_key), dropout_key)
-        error, _ = weighted_mse(told.prediction, told.noised.target, told.weights)
-        image = jnp.sum(error) / self.config.noise_draws
+        draws = self.draw(drawn["draw"].size, image_key)
+        image = self.image_error(drawn, hidden, maps, draws, dropout_key) / self.config.noise_draws
         metrics = {
             "text_accuracy": (hits, jnp.sum(weight)),
             "images_per_row": (jnp.sum(drawn["draw"]), jnp.float32(len(weight))),
@@ -332,6 +332,39 @@ class MMInterleaved(nnx.Module):
             self.schedule.draw_times(times, draws),
             jax.random.bernoulli(drop, self.config.uncond_prob, (draws,)),
         )
+
+    def image_error(self, drawn, hidden, maps, draws: Draws, key=None) -> jax.Array:
+        """Sum of weighted squared errors of all images of :meth:`drawn`, arguments as of :meth:`denoise`.
+
+        With ``draw_chunk``, so many images of each row at a time.
+        """
+
+        def error(drawn, draws, key):
+            told = self.denoise(drawn, hidden, maps, draws, key)
+            return jnp.sum(weighted_mse(told.prediction, told.noised.target, told.weights)[0])
+
+        (rows, count), chunk = drawn["draw"].shape, self.config.draw_chunk
+        if chunk is None or chunk >= count:
+            return error(drawn, draws, key)
+        if count % chunk:
+            raise ConfigError(
+                f"config.model.draw_chunk is {chunk}, which does not divide the {count} images of a row that "
+                "the decoder learns from (data.images, or model.max_drawn)"
+            )
+        turns = count // chunk
+
+        def cut(x, shape):
+            x = jnp.moveaxis(x.reshape(rows, turns, -1, *x.shape[len(shape) :]), 1, 0)
+            return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+        def turn(given):
+            drawn, draws, index = given
+            own = None if key is None else jax.random.fold_in(key, index)
+            return error(drawn, Draws(*map(_rows, draws)), own)
+
+        chunks = jax.tree.map(lambda x: cut(x, (rows, count)), drawn)
+        draws = jax.tree.map(lambda x: cut(x, (rows * count,)), draws)
+        return in_turns(turn, (chunks, draws, jnp.arange(turns)))
 
     def denoise(self, drawn: dict[str, jax.Array], hidden, maps, draws: Draws, key=None) -> Denoised:
         """Runs the image decoder once on every image of :meth:`drawn`, noised as `draws` say.
