@@ -37,8 +37,8 @@ def on_eight_devices(body: str, *arguments: str) -> str:
 class FakeMesh:
     """All that :func:`sharding.spec` asks of a mesh, at sizes no laptop has."""
 
-    def __init__(self, data, fsdp, tensor):
-        self.shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    def __init__(self, data, fsdp, tensor, sequence=1):
+        self.shape = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,17 @@ def test_spec_gives_each_mesh_axis_once_and_only_where_it_divides(axes, shape, w
     assert sharding.spec(axes, shape, FakeMesh(2, 4, 2)) == wanted
 
 
+def test_tokens_of_a_row_and_parameters_are_split_by_the_sequence_axis_and_rows_are_not():
+    mesh = FakeMesh(1, 4, 2, 2)
+    assert sharding.spec(("batch", "sequence", None), (8, 64, 16), mesh) == P("fsdp", "sequence", None)
+    assert sharding.spec(("batch",), (16,), mesh) == P("fsdp")
+    assert sharding.spec(("pictures", None), (16, 3), mesh) == P(("fsdp", "sequence"), None)
+    assert sharding.param_spec(("embed", "mlp"), (64, 128), 4, mesh) == P(("fsdp", "sequence"), "tensor")
+    assert sharding.spec(("batch", None, "vocab"), (4, 8, 64), mesh) == P(
+        "fsdp", None, ("tensor", "sequence")
+    )
+
+
 def test_spec_refuses_unknown_names_and_wrong_ranks():
     with pytest.raises(ValueError, match="did you mean 'embed'"):
         sharding.spec(("embd",), (8,), FakeMesh(1, 1, 1))
@@ -81,9 +92,7 @@ def test_large_parameters_without_a_name_to_split_are_split_over_fsdp():
 
 
 def test_a_mesh_larger_than_the_machine_says_what_would_work():
-    with pytest.raises(
-        DeviceError, match=r"asks for 64 devices \(fsdp 64 x tensor 1\).*mesh.data=-1 mesh.fsdp=1"
-    ):
+    with pytest.raises(DeviceError, match=r"asks for 64 devices \(fsdp 64\).*mesh.data=-1 mesh.fsdp=1"):
         sharding.make_mesh(MeshConfig(data=-1, fsdp=64), jax.devices()[:1])
     assert sharding.make_mesh(MeshConfig()).shape["data"] == jax.device_count()
 
@@ -101,7 +110,7 @@ def test_an_indivisible_number_of_devices_says_what_would_work():
         print(sharding.make_mesh(MeshConfig(data=1, fsdp=3, tensor=1)).size)
     """)
     assert "8 devices do not divide into fsdp 3" in out and "mesh.data=2 to use 6" in out
-    assert "{'data': 2, 'fsdp': 2, 'tensor': 2}" in out
+    assert "{'data': 2, 'fsdp': 2, 'tensor': 2, 'sequence': 1}" in out
     assert out.rstrip().endswith("3")
 
 

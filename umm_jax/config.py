@@ -136,14 +136,15 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; -1 takes what is left of the devices (at most one axis)."""
+    """Sizes of the mesh axes, see ``sharding``; -1 takes what is left of the devices (at most one axis)."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise ConfigError(f"axis sizes must be positive, with at most one -1; got {sizes}")
 

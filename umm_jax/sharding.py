@@ -4,15 +4,18 @@ Models name the dimensions of their parameters and of the activations that matte
 ``batch``, ...). :data:`RULES` says which mesh axes may split a name; :func:`spec` turns names and a shape
 into a PartitionSpec that always fits: no mesh axis twice, no axis that does not divide its dimension.
 
-    data     copies of the model, each with its share of the batch; the axis that spans slices
-    fsdp     splits batch and parameters; parameters are gathered where they are used
-    tensor   splits the wide dimension of each matrix
+    data       copies of the model, each with its share of the batch; the axis that spans slices
+    fsdp       splits batch and parameters; parameters are gathered where they are used
+    tensor     splits the wide dimension of each matrix
+    sequence   splits the tokens of a row, for rows too long for one device: keys and values are gathered
+               where they are read. It splits parameters like fsdp, and the batch not at all
 
 Axis types are Auto: the compiler spreads the shardings of arguments and of :func:`constrain`.
 """
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from umm_jax.config import MeshConfig, suggest
 from umm_jax.errors import ConfigError, DeviceError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 # Logical name -> the mesh axes that may split it, in order of preference.
 RULES: dict[str, tuple[str, ...]] = {
@@ -35,12 +38,15 @@ RULES: dict[str, tuple[str, ...]] = {
     # matrix or kernel is split over fsdp along its input: it gathers the rows of the batch in one order and
     # uses them in the other (JAX 0.10.2 and 0.12.0; tests/test_sharding.py has cases).
     "batch": ("fsdp", "data"),
-    "embed": ("fsdp",),
+    "pictures": ("fsdp", "data", "sequence"),
+    "embed": ("fsdp", "sequence"),
     "mlp": ("tensor",),
     "heads": ("tensor",),
-    "vocab": ("tensor",),
+    # The loss of a row has all its tokens on each device, and a part of the vocabulary.
+    "vocab": ("tensor", "sequence"),
     "conv_in": ("fsdp",),
     "conv_out": ("tensor",),
+    "sequence": ("sequence",),
     # Dimensions that are looped over or too short to split.
     "layers": (),
     "tokens": (),
@@ -55,7 +61,7 @@ LARGE = 1 << 20
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh over `devices` (all of the job's unless given).
+    """The (data, fsdp, tensor, sequence) mesh over `devices` (all of the job's unless given).
 
     A single process may use fewer devices than it has; a job of several processes must use all of them.
 
@@ -79,7 +85,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"the data axis spans the {slices} slices, so its size must be a multiple of {slices}; "
             f"mesh.data is {sizes[0]}, {near} would do"
         )
-    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices[:need]), AXES, axis_types=types)
 
 
@@ -96,11 +102,11 @@ def _works(have: int) -> str:
     return f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 uses whatever there is ({have} here)"
 
 
-def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, int, int]:
+def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, ...]:
     """Sizes of the axes on `have` devices, the free one (-1) as large as they allow."""
     asked = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in asked.values() if size != -1)
-    text = " x ".join(f"{name} {size}" for name, size in asked.items() if size != -1)
+    text = " x ".join(f"{name} {size}" for name, size in asked.items() if size > 1)
     if fixed > have:
         raise DeviceError(
             f"the mesh asks for {fixed} devices ({text}) and there are {have} ({kind}); {_works(have)}"
@@ -114,7 +120,7 @@ def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, int, int]:
                 f"{have // fixed * fixed} of them"
             )
         asked[free[0]] = have // fixed
-    return asked["data"], asked["fsdp"], asked["tensor"]
+    return tuple(asked.values())
 
 
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("umm_jax_mesh", default=None)
@@ -234,8 +240,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """:func:`constrain` of an array whose first dimension is of rows, or of images in the order of rows."""
+    """:func:`constrain` of an array whose first dimension is of rows."""
     return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+
+def by_images(x: jax.Array) -> jax.Array:
+    """:func:`constrain` of an array whose first dimension is of the images of all rows, row after row."""
+    return constrain(x, "pictures", *(None,) * (x.ndim - 1))
 
 
 def rows_here(rows: int) -> int:
@@ -246,13 +257,23 @@ def rows_here(rows: int) -> int:
     return NamedSharding(mesh, spec(("batch",), (rows,), mesh)).shard_shape((rows,))[0]
 
 
-def on_each_device(function: Callable, arrays: Any, axes: Any, out: Any, out_axes: Any) -> Any:
+def ways(name: str) -> int:
+    """Into how many parts the mesh of :func:`use` can split a dimension of this name."""
+    mesh = _MESH.get()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
+def on_each_device(
+    function: Callable, arrays: Any, axes: Any, out: Any, out_axes: Any, summed: Sequence[str] = ()
+) -> Any:
     """function(*arrays), run by each device on its own part: for what the compiler cannot split itself.
 
     Args:
         function: needs nothing of the parts of other devices; what it returns is as large as its part.
         arrays, axes: its arguments, and the names of their dimensions in the same structure, a tuple each.
         out, out_axes: shapes of the whole results (anything with a `shape`), and their names.
+        summed: names of dimensions of arguments. A result that has no dimension of such a name is what a
+            device makes of its part of it, and the sum over the parts is given.
 
     Outside :func:`use`, or on one device, this is a plain call.
     """
@@ -262,9 +283,38 @@ def on_each_device(function: Callable, arrays: Any, axes: Any, out: Any, out_axe
     specs = lambda names, whole: jax.tree.map(  # noqa: E731
         lambda x, n: spec(n, x.shape, mesh), whole, names
     )
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=specs(axes, arrays), out_specs=specs(out_axes, out), check_vma=False
-    )(*arrays)
+    taken = specs(axes, arrays)
+    over = {name: _axes_of(name, arrays, axes, taken) for name in summed}
+
+    def own(*parts):
+        token = _MESH.set(None)  # Inside, there is nothing to be constrained or split.
+        try:
+            results = function(*parts)
+        finally:
+            _MESH.reset(token)
+
+        def whole(x, names):
+            missing = tuple(axis for name in summed if name not in names for axis in over[name])
+            return jax.lax.psum(x, missing) if missing else x
+
+        return jax.tree.map(whole, results, out_axes)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=taken, out_specs=specs(out_axes, out), check_vma=False)(
+        *arrays
+    )
+
+
+def _axes_of(name: str, arrays: Any, axes: Any, specs: Any) -> tuple[str, ...]:
+    """The mesh axes that split a dimension called `name` of any of the `arrays`."""
+    found: dict[str, None] = {}
+
+    def look(_, names, entries):
+        for own, entry in zip(names, entries):
+            if own == name and entry is not None:
+                found.update(dict.fromkeys((entry,) if isinstance(entry, str) else entry))
+
+    jax.tree.map(look, arrays, axes, specs)
+    return tuple(found)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -282,16 +332,40 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+@functools.lru_cache
+def share_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """Which share of the rows of a batch this process reads, and of how many: (index, count).
+
+    Processes whose devices hold the same rows, where tensor or sequence is larger than a process, read the
+    same share.
+
+    Raises:
+        DeviceError: processes hold a part of each other's rows.
+    """
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch_ways(mesh),)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    groups = sorted({tuple(sorted(parts)) for parts in held.values()})
+    parts = [part for group in groups for part in group]
+    if len(set(map(len, groups))) > 1 or len(set(parts)) < len(parts):
+        raise DeviceError(
+            f"a batch cannot be shared out among {len(held)} processes whose devices hold the parts "
+            f"{', '.join(str(list(group)) for group in groups)} of it; choose mesh.tensor x mesh.sequence so "
+            "that it divides the devices of a process, or is a multiple of them"
+        )
+    return groups.index(tuple(sorted(held[jax.process_index()]))), len(groups)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch (nested dict of numpy [b, ...]) as global arrays on the mesh.
+    """This process's share of a batch (nested dict of numpy [b, ...]) as global arrays on the mesh.
 
     Raises:
         ConfigError: the rows do not divide over the mesh.
     """
-    ways, sharding = batch_ways(mesh), batch_sharding(mesh)
+    ways, sharding, (_, shares) = batch_ways(mesh), batch_sharding(mesh), share_of_batch(mesh)
 
     def put(rows):
-        total = rows.shape[0] * jax.process_count()
+        total = rows.shape[0] * shares
         if total % ways:
             raise ConfigError(f"a batch of {total} rows does not divide over data x fsdp = {ways} devices")
         return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))

@@ -14,18 +14,25 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from umm_jax.models import attention_blocks, attention_gathered, attention_gpu, attention_plain, attention_tpu
+from umm_jax.models import (
+    attention_blocks,
+    attention_gathered,
+    attention_gpu,
+    attention_kernels,
+    attention_plain,
+    attention_tpu,
+)
 from umm_jax.models.attention_plain import cut, joined
 from umm_jax.models.layers import ATTENDED, is_plain
 from umm_jax.models.masks import MaskSpec, dense
-from umm_jax.sharding import rows_here
+from umm_jax.sharding import rows_here, ways
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
 KEPT = 2**19
@@ -161,21 +168,21 @@ def _remade(q, k, v, mask, scale, implementation):
 
 
 def _remade_forward(q, k, v, mask, scale, implementation):
-    ways = _ways(q, k, mask, implementation)
-    _note(q, k, ways)
-    ways = {name: functools.partial(way.forward, scale=scale) for name, way in ways.items()}
+    by_platform = _ways(q, k, mask, implementation)
+    _note(q, k, by_platform)
+    run = {name: functools.partial(_shared(way, mask)[0], scale=scale) for name, way in by_platform.items()}
     # Tied to the queries: a scan over layers that is differentiated takes out of its loop whatever is the
     # same in all of them, and would make and keep the masks of all blocks.
     tied, _ = jax.lax.optimization_barrier((mask, q))
-    out, total = (checkpoint_name(x, ATTENDED) for x in jax.lax.platform_dependent(q, k, v, tied, **ways))
+    out, total = (checkpoint_name(x, ATTENDED) for x in jax.lax.platform_dependent(q, k, v, tied, **run))
     return out, (q, k, v, mask, out, total)
 
 
 def _remade_backward(scale, implementation, saved, grad):
     q, k, _, mask, *_ = saved
-    ways = _ways(q, k, mask, implementation)
-    ways = {name: functools.partial(way.backward, scale=scale) for name, way in ways.items()}
-    return *jax.lax.platform_dependent(*saved, grad, **ways), None
+    by_platform = _ways(q, k, mask, implementation)
+    run = {name: functools.partial(_shared(way, mask)[1], scale=scale) for name, way in by_platform.items()}
+    return *jax.lax.platform_dependent(*saved, grad, **run), None
 
 
 def _ways(q, k, mask, implementation) -> dict[str, Any]:
@@ -196,6 +203,23 @@ def _ways(q, k, mask, implementation) -> dict[str, Any]:
 
 
 _remade.defvjp(_remade_forward, _remade_backward)
+
+
+def _shared(way, mask) -> tuple[Callable, Callable]:
+    """Forward and backward of a `way`; each device does its own where the queries of a row are shared out.
+
+    The compiler would gather them all for a loop over blocks of them. Kernels have been split already.
+    """
+    if way in (attention_gpu, attention_tpu) or not isinstance(mask, tuple) or ways("sequence") == 1:
+        return way.forward, way.backward
+
+    def forward(q, k, v, of_q, of_k, scale):
+        return way.forward(q, k, v, (of_q, of_k), scale)
+
+    def backward(q, k, v, of_q, of_k, out, total, grad, scale):
+        return way.backward(q, k, v, (of_q, of_k), out, total, grad, scale)
+
+    return attention_kernels.on_each_device(forward, backward)
 
 
 # --- what is said of it -----------------------------------------------------------------------------------

@@ -39,14 +39,15 @@ def over_groups(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
 
 
-_Q, _K, _MASK = ("batch", "heads", None, None, None), ("batch", "heads", None, None), ("batch", None)
-_ARGUMENTS = (_Q, _K, _K, MaskSpec(*[_MASK] * 4), MaskSpec(*[_MASK] * 4))
+_Q, _K = ("batch", "heads", None, "sequence", None), ("batch", "heads", None, None)
+_ARGUMENTS = (_Q, _K, _K, MaskSpec(*[("batch", "sequence")] * 4), MaskSpec(*[("batch", None)] * 4))
 
 
 def on_each_device(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """`forward` and `backward` as ``attention_blocks`` has them, run by each device on its rows and heads.
+    """`forward` and `backward` as ``attention_blocks`` has them, run by each device on its own part.
 
-    The compiler does not split a kernel: without this, every device would get all rows and heads.
+    That is its rows and heads, and of their queries its share. The compiler does not split a kernel: without
+    this, every device would get all of them.
 
     Args:
         forward: (q, k, v, of_q, of_k, scale=) -> out, total.
@@ -61,6 +62,6 @@ def on_each_device(forward: Callable, backward: Callable) -> tuple[Callable, Cal
     def backward_(q, k, v, mask: tuple[MaskSpec, MaskSpec], out, total, grad, scale: float):
         arrays, axes = (q, k, v, *mask, out, total, grad), (*_ARGUMENTS, _Q, _Q, _Q)
         run = functools.partial(backward, scale=scale)
-        return sharding.on_each_device(run, arrays, axes, (q, k, v), (_Q, _K, _K))
+        return sharding.on_each_device(run, arrays, axes, (q, k, v), (_Q, _K, _K), summed=("sequence",))
 
     return forward_, backward_

@@ -21,7 +21,7 @@ from umm_jax.models import layers as L
 from umm_jax.models.attention import IMPLEMENTATIONS, Mask, attend, merge_heads, split_heads
 from umm_jax.models.lora_moe import LoRAMoE, LoRAMoEConfig
 from umm_jax.models.synchronizer import BackboneSync, SynchronizerConfig
-from umm_jax.sharding import constrain
+from umm_jax.sharding import constrain, ways
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,11 @@ class SelfAttention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, positions, self.base), rope(k, positions, self.base)
-        return constrain(q, "batch", None, "heads", None), k, v
+        q = constrain(q, "batch", "sequence", "heads", None)
+        if ways("sequence") > 1:
+            # What all tokens of a row read is gathered here, once.
+            k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
+        return q, k, v
 
 
 class MLP(nnx.Module):
@@ -179,7 +183,7 @@ class MLP(nnx.Module):
         @L.lean
         def out(up, gate=None):
             h = act(up) if gate is None else act(gate) * up
-            return self.down(constrain(h, "batch", None, "mlp"))
+            return self.down(constrain(h, "batch", "sequence", "mlp"))
 
         return out(self.up(x)) if self.gate is None else out(self.up(x), self.gate(x))
 
@@ -199,7 +203,7 @@ class MLP(nnx.Module):
         else:
             gate, share = e.gate(x, self.gate(x), keys[1])
             h, shares = act(gate) * h, [*shares, share]
-        h = constrain(h, "batch", None, "mlp")
+        h = constrain(h, "batch", "sequence", "mlp")
         y, share = e.down(h, self.down(h), keys[2])
         return y, jnp.stack([*shares, share])
 
@@ -231,7 +235,7 @@ class Layer(nnx.Module):
         if sync is not None:
             x = sync(x)
         added, shares = self.mlp.routed(self.mlp_norm(x), key)
-        return constrain(x + added, "batch", None, None), cache, shares
+        return constrain(x + added, "batch", "sequence", None), cache, shares
 
 
 class Run(NamedTuple):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from umm_jax.models.layers import is_plain, part, remade
+from umm_jax.sharding import constrain
 
 
 def next_token_targets(tokens: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -61,11 +62,13 @@ def token_losses(
         needed: bool [B, T], where the result matters; elsewhere it is 0, and with a `chunk` no more positions
             are projected than the row with most of them needs, rounded up to chunks.
     """
+    # A device has all tokens of its rows here: where they were shared out, the vocabulary is instead.
+    hidden = constrain(hidden, "batch", None, None)
     if needed is not None and chunk is not None:
         return _needed_losses(hidden, head, targets, chunk, needed)
 
     def whole(hidden, targets):
-        logits = head(hidden)
+        logits = constrain(head(hidden), "batch", None, "vocab")
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         hits = jnp.argmax(logits, axis=-1) == targets
         return jax.nn.logsumexp(logits, axis=-1) - picked, hits.astype(jnp.float32)

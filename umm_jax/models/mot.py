@@ -100,7 +100,7 @@ class MixtureLayer(nnx.Module):
             x, count = xs[g], xs[g].shape[1]
             x = x + hold[g](layers[g].attention.o(attended[:, start : start + count]))
             x = x + hold[g](layers[g].mlp(layers[g].mlp_norm(x)))
-            result[g] = constrain(x, "batch", None, None)
+            result[g] = constrain(x, "batch", "sequence", None)
             start += count
         return tuple(result), cache
 

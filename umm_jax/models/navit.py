@@ -15,6 +15,7 @@ from umm_jax.errors import ConfigError
 from umm_jax.models.layers import LayerNorm, Linear, normal, param, part, scan, stack
 from umm_jax.models.masks import FULL, MaskSpec
 from umm_jax.models.vision import VisionLayer
+from umm_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class NaViT(nnx.Module):
         """
         mask = MaskSpec(image, image, jnp.full_like(image, FULL), jnp.zeros_like(image))
         run = lambda layer, x, _: (layer(x, (mask, mask)), None)  # noqa: E731
-        return self.norm(scan(self.layers, run, self.embed(patches, place), remat=self.config.remat)[0])
+        x = constrain(self.embed(patches, place), "batch", "sequence", None)
+        return self.norm(scan(self.layers, run, x, remat=self.config.remat)[0])
 
     def embed(self, patches: jax.Array, place: jax.Array) -> jax.Array:
         """What the first layer reads: [B, P, width]."""

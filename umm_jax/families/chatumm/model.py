@@ -29,7 +29,7 @@ from umm_jax.models.navit import NaViT
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.sampling import make_schedule
 from umm_jax.models.unet_blocks import TimeEmbedding
-from umm_jax.sharding import constrain
+from umm_jax.sharding import by_images, constrain
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -141,7 +141,7 @@ class ChatUMM(nnx.Module):
         """
         b, i = pixels.shape[:2]
         flat = lambda a: None if a is None else a.reshape(b * i, *a.shape[2:])  # noqa: E731
-        x = constrain(_signed(flat(pixels), self.dtype), "batch", None, None, None)
+        x = by_images(_signed(flat(pixels), self.dtype))
         size = None if self.config.compat == "release" else flat(size)
         found = self.autoencoder.encode(x, flat(noise), size)
         return jax.lax.stop_gradient(found).reshape(b, i, *found.shape[1:])
@@ -194,7 +194,7 @@ class ChatUMM(nnx.Module):
             self.understanding(tokens["ids"], tokens["patch"], looked),
             self.generation(noised, latents["place"], time),
         )
-        xs = tuple(constrain(x, "batch", None, None) for x in xs)
+        xs = tuple(constrain(x, "batch", "sequence", None) for x in xs)
         mask = joined(mask_of(tokens), mask_of(latents))
         hidden, _ = self.mixture(xs, (tokens["rope"], latents["rope"]), (mask, mask))
         return Read(xs, hidden, noised, target, self.velocity(hidden[1]))

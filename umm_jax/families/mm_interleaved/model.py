@@ -30,7 +30,7 @@ from umm_jax.models.sampling import guided, make_schedule
 from umm_jax.models.tower import make_tower
 from umm_jax.models.unet import UNet
 from umm_jax.models.unet_sync import UNetSync
-from umm_jax.sharding import by_rows, constrain
+from umm_jax.sharding import by_images, constrain
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -132,7 +132,7 @@ class MMInterleaved(nnx.Module):
         """Images [B, I, h, w, 3], uint8 or in [0, 1] -> tokens [B, I, n, D] and maps [B, I, h_l, w_l, C]."""
         b, i = pixels.shape[:2]
         tower_key, resampler_key = (None, None) if key is None else jax.random.split(key)
-        x = by_rows(pixels.reshape(b * i, *pixels.shape[2:]))
+        x = by_images(pixels.reshape(b * i, *pixels.shape[2:]))
         seen = self.tower(_unit(x, self.dtype), key=tower_key)
         tokens, _ = self.visual_resampler(seen.tokens, None, key=resampler_key)
         tokens = L.part("connector")(self.visual_proj)(tokens)
@@ -158,7 +158,7 @@ class MMInterleaved(nnx.Module):
 
     def hidden(self, batch: Batch, visual: jax.Array, maps: tuple[jax.Array, ...]) -> jax.Array:
         """Final hidden states [B, T, D] of packed rows: conversations do not see each other."""
-        x = constrain(self.embed_tokens(*self.token_inputs(batch), visual), "batch", None, None)
+        x = constrain(self.embed_tokens(*self.token_inputs(batch), visual), "batch", "sequence", None)
         positions, mask, visible = self.sight(batch)
         return self.backbone(x, positions, mask, features=self.backbone_maps(maps), visible=visible)[0]
 
@@ -376,14 +376,14 @@ class MMInterleaved(nnx.Module):
         pixels = _signed(_rows(drawn["target"])).astype(self.dtype)
         latents = jax.lax.stop_gradient(self.autoencoder.encode(pixels, draws.posterior))
         given = (latents, self._image_weights(drawn), *self.decoder_inputs(drawn, hidden, maps, key))
-        again = lambda x: by_rows(jnp.repeat(x, self.config.noise_draws, axis=0))  # noqa: E731
+        again = lambda x: by_images(jnp.repeat(x, self.config.noise_draws, axis=0))  # noqa: E731
         latents, weights, condition, mask, values, seen = jax.tree.map(again, given)
         if self.config.uncond_prob:
             null = self.null_condition[...].astype(condition.dtype)
             condition = jnp.where(draws.drop[:, None, None], null, condition)
             mask = mask | draws.drop[:, None]
         noised = self.schedule.at(latents.astype(jnp.float32), draws.noise, draws.t)
-        out = self.predict(by_rows(noised.x_t.astype(self.dtype)), noised.t, condition, mask, values, seen)
+        out = self.predict(by_images(noised.x_t.astype(self.dtype)), noised.t, condition, mask, values, seen)
         return Denoised(noised, out, condition, weights)
 
     def decoder_inputs(self, drawn: dict[str, jax.Array], hidden, maps, key=None):
@@ -432,7 +432,7 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _rows(x: jax.Array) -> jax.Array:
     """[B, K, ...] -> [B*K, ...]."""
-    return by_rows(x.reshape(-1, *x.shape[2:]))
+    return by_images(x.reshape(-1, *x.shape[2:]))
 
 
 def _unit(pixels: jax.Array, dtype=jnp.float32) -> jax.Array:

@@ -23,7 +23,7 @@ from umm_jax.models.mask_loss import mask_losses
 from umm_jax.models.masks import stream
 from umm_jax.models.sam_encoder import Neck, SamEncoder
 from umm_jax.models.tower import make_tower
-from umm_jax.sharding import by_rows, constrain
+from umm_jax.sharding import by_images, constrain
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -128,7 +128,7 @@ class UnifiedMLLM(nnx.Module):
         """
         b, i = images["pixels"].shape[:2]
         flat = {name: a.reshape(b * i, *a.shape[2:]) for name, a in images.items()}
-        x = by_rows(flat["pixels"])
+        x = by_images(flat["pixels"])
         seen = self.tower(x.astype(self.dtype) / 255, key=key)
         unfold = lambda a: a.reshape(b, i, *a.shape[1:])  # noqa: E731
         features = None
@@ -167,7 +167,7 @@ class UnifiedMLLM(nnx.Module):
         visual, features = self.look(batch["images"], look_key)
         x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
         run = self.backbone.run(
-            constrain(x, "batch", None, None), tokens["positions"], self.sight(batch), key=expert_key
+            constrain(x, "batch", "sequence", None), tokens["positions"], self.sight(batch), key=expert_key
         )
         targets, weight = next_token_targets(tokens)
         nll, hits = cross_entropy(run.hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
@@ -196,7 +196,7 @@ class UnifiedMLLM(nnx.Module):
         """Sums of both mask losses, and of the masks' IoU with their number."""
         real, columns = self._asked(batch)
         images, target = batch["masks"]["image"], batch["masks"]["target"]
-        flat = lambda a: by_rows(a.reshape(-1, *a.shape[2:]))  # noqa: E731
+        flat = lambda a: by_images(a.reshape(-1, *a.shape[2:]))  # noqa: E731
         target, real = flat(target), flat(real).astype(jnp.float32)
         # Row by row, so that the compiler splits them as it splits the rows.
         pick = jax.vmap(lambda x, at: x[at])
