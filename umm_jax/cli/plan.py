@@ -37,6 +37,7 @@ def add(commands) -> None:
     p.add_argument("--rows", default="1,2,4,8", help="with --sweep: rows of a batch on each device")
     p.add_argument("--tensor", default="1", help="with --sweep: sizes of the tensor axis")
     p.add_argument("--data", default="1", help="with --sweep: sizes of the data axis")
+    p.add_argument("--sequence", default="1", help="with --sweep: sizes of the sequence axis")
     p.add_argument(
         "--remat",
         default="",
@@ -70,7 +71,7 @@ def _plan(args) -> None:
     if not found.fits:
         raise ConfigError(
             f"{args.config} does not fit on {found.topology}; try --sweep --remat=full with fewer --rows, a "
-            "larger mesh.fsdp or mesh.tensor, or more chips"
+            "larger mesh.fsdp, mesh.tensor or mesh.sequence, or more chips"
         )
 
 
@@ -92,7 +93,7 @@ def _sweep(args, run, topology) -> None:
 
     if topology is None:
         raise ConfigError("--sweep compares estimates, which local devices have none of; give a TPU topology")
-    numbers = {name: _numbers(name, getattr(args, name)) for name in ("rows", "tensor", "data")}
+    numbers = {name: _numbers(name, getattr(args, name)) for name in ("rows", "tensor", "data", "sequence")}
     policies = [p.strip() for p in args.remat.split(",") if p.strip()] or [None]
     if odd := [p for p in policies if p and p not in sweep.POLICIES]:
         raise ConfigError(f"--remat: {odd[0]!r} is none of {', '.join(sweep.POLICIES)}")
@@ -104,7 +105,7 @@ def _sweep(args, run, topology) -> None:
     choices = [
         sweep.Choice(mesh, rows, policy)
         for mesh, policy, rows in itertools.product(
-            sweep.meshes(topology.chips, numbers["tensor"], numbers["data"]),
+            sweep.meshes(topology.chips, numbers["tensor"], numbers["data"], numbers["sequence"]),
             policies,
             sorted(numbers["rows"]),
         )

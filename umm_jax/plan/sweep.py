@@ -42,14 +42,20 @@ class Tried:
         return self.report.tokens / self.report.estimate.seconds
 
 
-def meshes(devices: int, tensors: Sequence[int], datas: Sequence[int]) -> list[dict[str, int]]:
-    """Every mesh with these sizes of tensor and data whose fsdp is what is left."""
+def meshes(
+    devices: int, tensors: Sequence[int], datas: Sequence[int], sequences: Sequence[int] = (1,)
+) -> list[dict[str, int]]:
+    """Every mesh with these sizes of tensor, data and sequence whose fsdp is what is left."""
     found = []
-    for data, tensor in itertools.product(datas, tensors):
-        if devices % (data * tensor) == 0:
-            found.append({"data": data, "fsdp": devices // (data * tensor), "tensor": tensor})
+    for data, tensor, sequence in itertools.product(datas, tensors, sequences):
+        taken = data * tensor * sequence
+        if devices % taken == 0:
+            found.append({"data": data, "fsdp": devices // taken, "tensor": tensor, "sequence": sequence})
     if not found:
-        raise ConfigError(f"none of data {list(datas)} and tensor {list(tensors)} divides {devices} devices")
+        raise ConfigError(
+            f"none of data {list(datas)}, tensor {list(tensors)} and sequence {list(sequences)} divides "
+            f"{devices} devices"
+        )
     return found
 
 
