@@ -196,7 +196,13 @@ def fake(run, limit: int):
     """A report of a step that takes as long as it has rows, and fits up to `limit` of them a device."""
     devices = run.mesh.data * run.mesh.fsdp * run.mesh.tensor
     rows = run.data.batch_size // (run.mesh.data * run.mesh.fsdp)
-    facts = {"program": "train", "mesh": {"fsdp": devices}, "device": "chip", "placements": []}
+    facts = {
+        "program": "train",
+        "quick": False,
+        "mesh": {"fsdp": devices},
+        "device": "chip",
+        "placements": [],
+    }
     facts |= {"memory": {"peak_memory": rows * 2**30}}
     if rows > limit:
         facts |= {"error": "too much", "needs": 2**40, "has": 2**30, "largest": []}
@@ -258,6 +264,16 @@ def test_a_plan_for_the_devices_here(cache, tmp_path, capsys):
     assert "kept from before" in capsys.readouterr().out and sorted(cache.iterdir()) == before
     assert cli.main([*args, "--config.data.tokens=64"]) == 0
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed: make setup-plan")
+def test_a_quick_plan_says_so_and_is_kept_apart(cache, tmp_path, capsys):
+    args = ["plan", f"--config={TEXT}", "--topology=v5p:2x2x1", *overrides("mesh.fsdp=4")]
+    assert cli.main(args) == 0
+    assert "searched less" not in capsys.readouterr().out
+    assert cli.main([*args, "--quick"]) == 0
+    told = capsys.readouterr().out
+    assert "searched less" in told and "more than it takes" in told and len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed: make setup-plan")

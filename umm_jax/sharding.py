@@ -249,6 +249,26 @@ def by_images(x: jax.Array) -> jax.Array:
     return constrain(x, "pictures", *(None,) * (x.ndim - 1))
 
 
+def split_rows(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Asks that the first dimension of each is split as rows are; of their other dimensions nothing is said.
+
+    For what stands between products with split weights, where the compiler may give up the split of rows, or
+    of pictures in the order of rows. With a sequence axis nothing is asked: it splits pictures and not rows.
+    """
+    mesh = _MESH.get()
+    if mesh is None or ways("sequence") > 1:
+        return arrays
+
+    def asked(x):
+        first = spec(("batch",), x.shape[:1], mesh)[0]
+        if first is None:
+            return x
+        open_ = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(first, *open_)))
+
+    return tuple(map(asked, arrays))
+
+
 def rows_here(rows: int) -> int:
     """Of a dimension of `rows` named "batch", how many a device holds on the mesh of :func:`use`."""
     mesh = _MESH.get()

@@ -33,6 +33,11 @@ def add(commands) -> None:
     )
     p.add_argument("--json", metavar="FILE", help="write all that was found there")
     p.add_argument("--html", metavar="FILE", help="write a page with a memory timeline and a roofline there")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="let the compiler search less: several times faster, of much the same memory, and a longer time",
+    )
     p.add_argument("--sweep", action="store_true", help="try meshes, rows and policies; print a table")
     p.add_argument("--rows", default="1,2,4,8", help="with --sweep: rows of a batch on each device")
     p.add_argument("--tensor", default="1", help="with --sweep: sizes of the tensor axis")
@@ -62,7 +67,7 @@ def _plan(args) -> None:
     if args.sweep:
         _sweep(args, run, topology)
         return
-    found = _report(run, topology)
+    found = _report(run, topology, args.quick)
     print("\n".join(estimate.lines(found)))
     if args.json:
         write_atomic(Path(args.json), (json.dumps(found.to_json(), indent=1) + "\n").encode())
@@ -75,10 +80,10 @@ def _plan(args) -> None:
         )
 
 
-def _report(run, topology):
+def _report(run, topology, quick):
     from umm_jax.plan import compiling, estimate
 
-    made = compiling.compiled(run, topology)
+    made = compiling.compiled(run, topology, quick=quick)
     return estimate.report(made, topology, run.data.batch_size * run.data.tokens)
 
 
@@ -111,7 +116,7 @@ def _sweep(args, run, topology) -> None:
         )
     ]
     say = lambda text: print(f"compiling {text}", file=sys.stderr, flush=True)  # noqa: E731
-    tried = list(sweep.sweep(run, choices, lambda one: _report(one, topology), say))
+    tried = list(sweep.sweep(run, choices, lambda one: _report(one, topology, args.quick), say))
     print("\n".join(sweep.table(tried)))
     if args.json:
         rows = [

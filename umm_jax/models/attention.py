@@ -31,8 +31,8 @@ from umm_jax.models import (
 )
 from umm_jax.models.attention_plain import cut, joined
 from umm_jax.models.layers import ATTENDED, is_plain
-from umm_jax.models.masks import MaskSpec, dense
-from umm_jax.sharding import rows_here, ways
+from umm_jax.models.masks import MaskSpec, dense, everything
+from umm_jax.sharding import rows_here, split_rows, ways
 
 # Up to so many scores [B, N, T, S] are simply made and kept for the backward pass (2 MiB, in four versions).
 KEPT = 2**19
@@ -76,7 +76,7 @@ def attend(
         implementation: of a large attention under what is to be known of tokens. "blocks" is plain XLA,
             "kernels" are Pallas kernels on GPUs and TPUs; "auto" is kernels on a GPU, where they have been
             measured, and blocks on a TPU, where they have been compiled and not run. A CPU has ways of its
-            own.
+            own. Without a mask "kernels" are taken where they are asked for.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
@@ -88,8 +88,11 @@ def attend(
         raise ValueError(
             f"attention {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
+    q, k, v = split_rows(q, k, v)
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
+    if mask is None and implementation == "kernels" and not is_plain():
+        mask = everything(b, t), everything(b, s)
     scale = h**-0.5 if scale is None else scale
     # Heads before tokens: both products are then plain batched matmuls on every backend.
     q = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)

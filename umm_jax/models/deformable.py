@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
 from umm_jax.models.layers import is_plain
-from umm_jax.sharding import rows_here
+from umm_jax.sharding import rows_here, split_rows
 
 Sides = Sequence[int | tuple[int, int]]
 
@@ -77,6 +77,7 @@ def sample(
     if implementation not in ("auto", *_IMPLEMENTATIONS):
         known = ", ".join(("auto", *_IMPLEMENTATIONS))
         raise ValueError(f"implementation {implementation!r} is unknown; choose one of {known}")
+    values, locations, weights = split_rows(values, locations, weights)
     # Positions keep float32: bfloat16 cannot tell neighbouring pixels of a 64-pixel side apart.
     return _sample(values, locations.astype(jnp.float32), weights, tuple(shapes), implementation)
 

@@ -56,6 +56,12 @@ def stream(sample: jax.Array) -> MaskSpec:
     return MaskSpec(sample.astype(jnp.int32), order, jnp.zeros_like(order), order)
 
 
+def everything(rows: int, tokens: int) -> MaskSpec:
+    """Of tokens that all read all."""
+    one = jnp.ones((rows, tokens), jnp.int32)
+    return MaskSpec(one, one, one * FULL, one)
+
+
 def joined(*specs: MaskSpec) -> MaskSpec:
     """Tokens of several groups as one, group after group."""
     return MaskSpec(*(jnp.concatenate(arrays, axis=1) for arrays in zip(*specs)))

@@ -32,6 +32,7 @@ from umm_jax.models.layers import (
     scan,
     stack,
 )
+from umm_jax.sharding import split_rows
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ class Layer(nnx.Module):
         x = self.attention(x, x, None, keys[0])
         if self.cross is not None:
             x = self.cross(x, tokens, mask, keys[1])
-        branch = lean(lambda h: self.down(activation("gelu")(h)))(self.up(x))
-        return self.norm(x + dropout(branch, self.config.dropout, keys[2]))
+        h = split_rows(self.up(x))[0]
+        branch = lean(lambda h: self.down(activation("gelu")(h)))(h)
+        return split_rows(self.norm(x + dropout(branch, self.config.dropout, keys[2])))[0]
 
 
 class Period(nnx.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
+from umm_jax.models.attention import IMPLEMENTATIONS
 from umm_jax.models.layers import (
     Conv,
     Modules,
@@ -70,6 +71,7 @@ class UNetConfig:
             linear guess of a signal of variance s, and nothing at t = 1. Needs flow times.
         grid_vectors: adds a learned vector per row and per column, to features of unit scale, before the mid
             block.
+        self_attention: how a map attends to itself, see ``attention.attend``.
         remat: rematerialisation policy of each block, see ``layers.checkpoint_policy``.
     """
 
@@ -95,6 +97,7 @@ class UNetConfig:
     upsample: Upsampling = "nearest"
     input_gate: float | None = None
     grid_vectors: bool = False
+    self_attention: str = "auto"
     remat: str = "none"
 
     def __post_init__(self):
@@ -109,6 +112,11 @@ class UNetConfig:
                 raise ConfigError(f"width {width} does not divide into {heads} heads")
             if self.norm == "group" and width % self.norm_groups:
                 raise ConfigError(f"width {width} does not divide into norm_groups={self.norm_groups}")
+        if self.self_attention not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"self_attention {self.self_attention!r} is unknown; choose one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
         if self.layers_per_block < 1 or self.mid_layers < 0 or self.patch < 1:
             raise ConfigError("layers_per_block and patch must be at least 1, mid_layers at least 0")
         if self.input_gate is not None and self.input_gate <= 0:
@@ -186,6 +194,7 @@ class UNet(nnx.Module):
                 qk_norm=c.qk_norm,
                 norm=c.norm,
                 groups=c.norm_groups,
+                implementation=c.self_attention,
                 rngs=rngs,
             )
 

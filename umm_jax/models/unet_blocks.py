@@ -140,6 +140,7 @@ class Attention(nnx.Module):
         d_context: int | None = None,
         bias: bool = False,
         qk_norm: bool = False,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         d_context = d if d_context is None else d_context
@@ -150,7 +151,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(d // heads, axis=None, rngs=rngs) if qk_norm else None
         self.k_norm = RMSNorm(d // heads, axis=None, rngs=rngs) if qk_norm else None
         self.scale = (1.5 if qk_norm else 1.0) * (d // heads) ** -0.5
-        self.heads = heads
+        self.heads, self.implementation = heads, implementation
 
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
@@ -161,7 +162,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mask = None if mask is None else mask[:, None]
-        return self.out(merge_heads(attend(q, k, v, mask, scale=self.scale)))
+        found = attend(q, k, v, mask, scale=self.scale, implementation=self.implementation)
+        return self.out(merge_heads(found))
 
 
 class GatedMLP(nnx.Module):
@@ -187,10 +189,11 @@ class TransformerBlock(nnx.Module):
         *,
         mlp_multiple: int = 4,
         qk_norm: bool = False,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         self.norm_1, self.norm_2, self.norm_3 = (LayerNorm(d, rngs=rngs) for _ in range(3))
-        self.self_attention = Attention(d, heads, qk_norm=qk_norm, rngs=rngs)
+        self.self_attention = Attention(d, heads, qk_norm=qk_norm, implementation=implementation, rngs=rngs)
         self.cross_attention = Attention(d, heads, d_context=d_context, qk_norm=qk_norm, rngs=rngs)
         self.mlp = GatedMLP(d, mlp_multiple, rngs=rngs)
 
@@ -214,13 +217,22 @@ class SpatialTransformer(nnx.Module):
         qk_norm: bool = False,
         norm: NormKind = "group",
         groups: int = 32,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         self.norm = make_norm(norm, d, groups, 1e-6, rngs)
         self.proj_in = Linear(d, d, axes=(None, "embed"), rngs=rngs)
         self.blocks = Modules(
             [
-                TransformerBlock(d, heads, d_context, mlp_multiple=mlp_multiple, qk_norm=qk_norm, rngs=rngs)
+                TransformerBlock(
+                    d,
+                    heads,
+                    d_context,
+                    mlp_multiple=mlp_multiple,
+                    qk_norm=qk_norm,
+                    implementation=implementation,
+                    rngs=rngs,
+                )
                 for _ in range(layers)
             ]
         )

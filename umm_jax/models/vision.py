@@ -16,6 +16,7 @@ from flax import nnx
 from umm_jax.errors import ConfigError
 from umm_jax.models.attention import attend, merge_heads, split_heads
 from umm_jax.models.layers import Conv, LayerNorm, Linear, activation, lean, normal, param, part, scan, stack
+from umm_jax.sharding import split_rows
 
 # Of the pixels CLIP was trained on, by colour.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -85,7 +86,8 @@ class VisionLayer(nnx.Module):
         y = self.attention_norm(x)
         q, k, v = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
         x = x + self.out(merge_heads(attend(q, k, v, mask)))
-        return x + lean(lambda h: self.down(activation(self.act)(h)))(self.up(self.mlp_norm(x)))
+        h = split_rows(self.up(self.mlp_norm(x)))[0]
+        return split_rows(x + lean(lambda h: self.down(activation(self.act)(h)))(h))[0]
 
 
 class Clip(nnx.Module):

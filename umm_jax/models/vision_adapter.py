@@ -22,6 +22,7 @@ from umm_jax.models.layers import Conv, LayerNorm, Linear, Modules, param
 from umm_jax.models.positions import pixel_centres, sincos_2d
 from umm_jax.models.resize import resize
 from umm_jax.models.vision import CLIP_MEAN, CLIP_STD, Clip, ClipConfig, VisionOutput, grouped
+from umm_jax.sharding import split_rows
 
 glorot = jax.nn.initializers.glorot_uniform()
 
@@ -291,7 +292,7 @@ class ClipAdapter(nnx.Module):
         make_layers, states = grouped(self.clip.layers, self.config.blocks)
 
         def step(block: Interaction, carry, state):
-            x, c = self.block(block, make_layers(state), *carry)
+            x, c = split_rows(*self.block(block, make_layers(state), *carry))
             return (x, c), x[:, 1:]
 
         return L.scan(self.interactions, step, (x, c), states, remat=self.config.remat)

@@ -27,12 +27,14 @@ def main(request: str, out: str) -> None:
     from umm_jax.plan.steps import train_step
 
     asked, folder = json.loads(Path(request).read_text()), Path(out)
+    if asked["quick"]:
+        jax.config.update("jax_optimization_level", "O1")
     run = configs.from_dict(configs.RunConfig, asked["config"], "config")
     if asked["topology"] is None:
         devices = jax.devices()
     else:
         devices = _devices(chips.topology(asked["topology"], asked["slices"]))
-    _write(folder, "train", train_step(run, devices))
+    _write(folder, "train", train_step(run, devices), asked["quick"])
     # Work is counted where it is whole: on one device.
     alone = train_step(dataclasses.replace(run, mesh=MeshConfig(1, 1, 1)), jax.devices("cpu")[:1])
     work = {part: dataclasses.asdict(w) for part, w in model_flops(alone).items()}
@@ -49,7 +51,7 @@ def _devices(topology) -> list:
     return found.devices
 
 
-def _write(folder: Path, name: str, step) -> None:
+def _write(folder: Path, name: str, step, quick: bool) -> None:
     import jax
 
     began = time.perf_counter()
@@ -60,6 +62,7 @@ def _write(folder: Path, name: str, step) -> None:
     device = mesh.devices.flat[0]
     facts = {
         "program": name,
+        "quick": quick,
         "mesh": dict(mesh.shape),
         "device": device.device_kind,
         "platform": device.platform,

@@ -60,8 +60,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UMM_PLAN_CACHE") or Path(base) / "umm_jax" / "plan")
 
 
-def compiled(run: RunConfig, topology: Topology | None) -> Compiled:
+def compiled(run: RunConfig, topology: Topology | None, *, quick: bool = False) -> Compiled:
     """The training step of `run` for a topology, or for the devices of this machine where it is None.
+
+    Args:
+        quick: the compiler searches less: several times faster, for a slower program of much the same memory.
 
     Raises:
         DeviceError: no libtpu to compile for a TPU with.
@@ -74,6 +77,7 @@ def compiled(run: RunConfig, topology: Topology | None) -> Compiled:
         "config": configs.to_dict(run),
         "topology": topology and topology.name,
         "slices": topology.slices if topology else 1,
+        "quick": quick,
     }
     folder = cache_folder() / _key(request)
     known = folder.is_dir()
@@ -107,7 +111,8 @@ def _key(request: dict[str, Any]) -> str:
     versions = [importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")]
     if request["topology"]:
         versions.append(importlib.metadata.version("libtpu"))
-    said = json.dumps([config, request["topology"], request["slices"], versions, _code()], sort_keys=True)
+    asked = [request[name] for name in ("topology", "slices", "quick")]
+    said = json.dumps([config, asked, versions, _code()], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 

@@ -127,6 +127,10 @@ def report(made: Compiled, topology: Topology | None, tokens: int) -> Report:
     if program is None:
         return Report(**common)
     notes = []
+    if facts["quick"]:
+        notes.append(
+            "compiled with --quick: the compiler searched less, so that the time is one of a slower program"
+        )
     executed: dict[str, float] = defaultdict(float)
     for name, flops in program.flops_by_name().items():
         executed[part_of(name)] += flops
@@ -283,9 +287,10 @@ def lines(found: Report) -> list[str]:
         )
     if found.estimate is not None:
         e = found.estimate
+        trust = "more than it takes" if facts["quick"] else f"{BAND:.0%} if computation bounds it"
         out.append(
             f"ESTIMATE    {e.seconds:.3f} s a step (cycles {e.cycles:.3f}, kernels {e.kernels:.3f}, exposed "
-            f"communication {e.exposed:.3f}); {BAND:.0%} if computation bounds it, no measurement"
+            f"communication {e.exposed:.3f}); {trust}, no measurement"
         )
         out.append(
             f"            {100 * found.utilisation:.1f} % of the peak in model FLOPs, "
