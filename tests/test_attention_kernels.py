@@ -141,7 +141,9 @@ def test_an_unknown_implementation_is_refused():
         attend(q, q, q, implementation="flash")
 
 
-@pytest.mark.parametrize("policy, forwards", [("full", 2), ("dots_no_batch", 2), ("dots_attention", 1)])
+@pytest.mark.parametrize(
+    "policy, forwards", [("full", 2), ("dots_no_batch", 2), ("dots_attention", 1), ("attention", 1)]
+)
 def test_a_policy_may_keep_what_attention_gives(policy, forwards):
     """Then a rematerialised layer does not run it again, and the gradients are the same."""
     q = jax.random.normal(jax.random.key(0), (2, 512, 2, 8))

@@ -54,6 +54,34 @@ for name, way in dict(
 print(json.dumps(worst))
 """
 
+SAMPLING = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from umm_jax import sharding
+from umm_jax.config import MeshConfig
+from umm_jax.models.deformable import sample
+
+keys = jax.random.split(jax.random.key(0), 4)
+values = jax.random.normal(keys[0], (2, 2, 16 + 4, 2, 8))
+locations = jax.random.uniform(keys[1], (2, 256, 2, 2, 2, 3, 2), minval=-0.1, maxval=1.1)
+weights = jax.random.normal(keys[2], locations.shape[:-1])
+grad = jax.random.normal(keys[3], (2, 256, 2, 8))
+
+def both(implementation, mesh):
+    def run(*arrays):
+        with sharding.use(mesh):
+            out, back = jax.vjp(lambda *a: sample(*a, (4, 2), implementation=implementation), *arrays)
+            return out, *back(grad)
+    return [np.asarray(x) for x in jax.jit(run)(values, locations, weights)]
+
+wanted = both("gather", sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+worst = {}
+for sizes in ([1, 1, 1, 8], [1, 2, 2, 2], [2, 1, 4, 1]):
+    found = both("pallas", sharding.make_mesh(MeshConfig(*sizes)))
+    worst[str(sizes)] = max(float(np.abs(a - b).max()) for a, b in zip(found, wanted, strict=True))
+print(json.dumps(worst))
+"""
+
 GRADIENTS = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -130,6 +158,11 @@ def told(program: str, *arguments: str) -> dict:
 def test_attention_whose_queries_are_shared_out():
     worst = told(ATTENTION)
     assert len(worst) == 6 and max(worst.values()) < 2e-5, worst
+
+
+def test_sampling_kernels_on_each_devices_part():
+    worst = told(SAMPLING)
+    assert len(worst) == 3 and max(worst.values()) < 1e-4, worst
 
 
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("mm_interleaved", "unified_mllm")]

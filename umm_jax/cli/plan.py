@@ -46,7 +46,7 @@ def add(commands) -> None:
     p.add_argument(
         "--remat",
         default="",
-        help="with --sweep: of none, dots_attention, dots_no_batch, dots, full; the config's if empty",
+        help="with --sweep: of none, dots_attention, dots_no_batch, dots, attention, full; or the config's",
     )
 
 

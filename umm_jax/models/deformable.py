@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
 from umm_jax.models.layers import is_plain
-from umm_jax.sharding import rows_here, split_rows
+from umm_jax.sharding import on_each_device, rows_here, split_rows
 
 Sides = Sequence[int | tuple[int, int]]
 
@@ -101,12 +101,31 @@ def _run(step: str, shapes, implementation: str, values, locations, *others):
     arrays = (values, locations, *others)
     if is_plain():
         implementation = "gather"
+    if implementation == "pallas":
+        return _on_each_device(step, arrays, shapes)
     if implementation != "auto":
         return _IMPLEMENTATIONS[implementation][step](*arrays, shapes)
     _, queries, _, _, levels, points, _ = locations.shape
     names = {p: choose(p, values.shape[2], 4 * queries * levels * points) for p in ("cpu", "gpu", "tpu")}
     run = {p: functools.partial(_run, step, shapes, name) for p, name in names.items()}
     return jax.lax.platform_dependent(*arrays, cpu=run["cpu"], tpu=run["tpu"], default=run["gpu"])
+
+
+_VALUES, _RESULT = ("batch", None, None, "heads", None), ("batch", "sequence", "heads", None)
+_WEIGHTS = ("batch", "sequence", None, "heads", None, None)
+_LOCATIONS = (*_WEIGHTS, None)
+
+
+def _on_each_device(step: str, arrays, shapes):
+    """The kernels, which the compiler does not split, on each device's rows, heads and queries."""
+    run = functools.partial(_IMPLEMENTATIONS["pallas"][step], shapes=shapes)
+    values, locations, weights, *grad = arrays
+    axes = (_VALUES, _LOCATIONS, _WEIGHTS, *[_RESULT] * len(grad))
+    if step == "backward":
+        return on_each_device(run, arrays, axes, arrays[:3], axes[:3], summed=("sequence",))
+    b, q, _, heads, *_ = locations.shape
+    result = jax.ShapeDtypeStruct((b, q, heads, values.shape[-1]), values.dtype)
+    return on_each_device(run, arrays, axes, result, _RESULT)
 
 
 # The rule is around the choice, not inside: differentiating through the choice would keep what the backward

@@ -158,8 +158,20 @@ def _lanes(a, q):
     return jnp.pad(a, [(0, 0)] * 4 + [(0, q - a.shape[-1])])
 
 
-def _call(kernel, grid, specs, out, scratch, arrays):
-    """Calls the kernel; in the interpreter where the program is not for a TPU."""
+def _call(kernel, grid, specs, out, scratch, arrays, times: int, points: int):
+    """Calls the kernel; in the interpreter where the program is not for a TPU.
+
+    Args:
+        times, points: what a compiler may count: products with the maps, and those of a map with a hat or a
+            slope, which are the vector work and stand where transcendentals are told.
+    """
+    b, heads, n, width, cells = arrays[3].shape
+    maps = b * heads * n * cells * arrays[0].shape[-1]
+    cost = pl.CostEstimate(
+        flops=2 * times * maps * width,
+        transcendentals=2 * points * maps,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *out)),
+    )
 
     def call(*arrays, interpret):
         return pl.pallas_call(
@@ -172,6 +184,7 @@ def _call(kernel, grid, specs, out, scratch, arrays):
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
             ),
+            cost_estimate=cost,
             interpret=interpret,
         )(*arrays)
 
@@ -204,6 +217,8 @@ def forward(values, locations, weights, shapes: Shapes):
         [jax.ShapeDtypeStruct((b, heads, width, padded), jnp.float32)],
         [pltpu.VMEM((cells, LANES), jnp.float32)],
         arrays,
+        times=1,
+        points=points,
     )
     return jnp.transpose(out, (0, 3, 1, 2))[:, :q].astype(values.dtype)
 
@@ -225,6 +240,8 @@ def backward(values, locations, weights, grad, shapes: Shapes):
         [like_near] * 3 + [jax.ShapeDtypeStruct(arrays[3].shape, jnp.float32)],
         [pltpu.VMEM((cells, LANES), jnp.float32)],
         (*arrays, grad),
+        times=2,
+        points=3 * points,
     )
 
     def points_first(a):  # the inverse of _lanes

@@ -412,13 +412,14 @@ def checkpoint_policy(name: str):
     """What a rematerialised layer keeps.
 
     ``full`` nothing, ``dots`` the outputs of matmuls, ``dots_no_batch`` those of matmuls with weights,
-    ``dots_attention`` those and what large attention gives, so that it is not run again.
+    ``attention`` what large attention gives, so that it is not run again, ``dots_attention`` the last two.
     """
     rules = jax.checkpoint_policies
     policies = {
         "full": rules.nothing_saveable,
         "dots": rules.dots_saveable,
         "dots_no_batch": rules.dots_with_no_batch_dims_saveable,
+        "attention": rules.save_only_these_names(ATTENDED),
         "dots_attention": rules.save_from_both_policies(
             rules.dots_with_no_batch_dims_saveable, rules.save_only_these_names(ATTENDED)
         ),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
+from umm_jax.models.attention import IMPLEMENTATIONS
 from umm_jax.models.layers import LayerNorm, Linear, normal, param, part, scan, stack
 from umm_jax.models.masks import FULL, MaskSpec
 from umm_jax.models.vision import VisionLayer
@@ -25,6 +26,7 @@ class NaViTConfig:
     Attributes:
         patch: side of a patch in pixels; grid: side of the position table, the most patches of a side.
         width, layers, heads, mlp: as usual. remat: what a layer keeps, see ``layers.scan``.
+        attention: how patches attend, see ``attention.attend``.
     """
 
     patch: int = 14
@@ -35,10 +37,15 @@ class NaViTConfig:
     mlp: int = 4304
     eps: float = 1e-6
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            )
 
     @property
     def numbers(self) -> int:
@@ -53,7 +60,9 @@ class NaViT(nnx.Module):
         c = self.config = config
         self.patch = Linear(c.numbers, c.width, axes=(None, "embed"), rngs=rngs)
         self.position = param(rngs, (c.grid**2, c.width), (None, "embed"), normal(0.02))
-        self.layers = stack(lambda r: VisionLayer(c, "gelu_tanh", rngs=r), c.layers, rngs)
+        self.layers = stack(
+            lambda r: VisionLayer(c, "gelu_tanh", implementation=c.attention, rngs=r), c.layers, rngs
+        )
         self.norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
 
     @part("tower")

@@ -67,10 +67,13 @@ class ClipConfig:
 
 
 class VisionLayer(nnx.Module):
-    """x += Attention(LN(x)); x += W act(W LN(x)); `config` has width, heads, mlp and eps."""
+    """x += Attention(LN(x)); x += W act(W LN(x)); `config` has width, heads, mlp and eps.
 
-    def __init__(self, config: Any, act: str, *, rngs: nnx.Rngs):
-        c, self.heads, self.act = config, config.heads, act
+    `implementation` is of the attention, see ``attention.attend``.
+    """
+
+    def __init__(self, config: Any, act: str, *, implementation: str = "auto", rngs: nnx.Rngs):
+        c, self.heads, self.act, self.implementation = config, config.heads, act, implementation
         into = {"axes": ("embed", "heads"), "rngs": rngs}
         self.attention_norm = LayerNorm(c.width, eps=c.eps, rngs=rngs)
         self.query = Linear(c.width, c.width, **into)
@@ -85,7 +88,7 @@ class VisionLayer(nnx.Module):
         """[B, P, D] -> [B, P, D]; `mask` as :func:`attend` takes it."""
         y = self.attention_norm(x)
         q, k, v = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
-        x = x + self.out(merge_heads(attend(q, k, v, mask)))
+        x = x + self.out(merge_heads(attend(q, k, v, mask, implementation=self.implementation)))
         h = split_rows(self.up(self.mlp_norm(x)))[0]
         return split_rows(x + lean(lambda h: self.down(activation(self.act)(h)))(h))[0]
 

@@ -17,6 +17,7 @@ class Chip:
     Attributes:
         peak: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: of it, bytes/s.
         clock: cycles/s that the compiler's estimates are divided by.
+        cores: each with a vector unit of 1024 lanes by four.
         links: bytes/s to other chips of the slice, all links together.
         network: bytes/s to other slices, a chip's share of the data-centre network; None is not published.
         dims: of its topologies. largest: chips of a slice.
@@ -27,10 +28,16 @@ class Chip:
     memory: int
     bandwidth: float
     clock: float
+    cores: int
     links: float
     network: float | None
     dims: int
     largest: int
+
+    @property
+    def vector(self) -> float:
+        """Operations/s of the vector units on 32-bit numbers."""
+        return self.cores * 4096 * self.clock
 
 
 # Peak, memory, bandwidth, links and network as Google's pages of Cloud TPU versions say them (network of v5e
@@ -38,10 +45,10 @@ class Chip:
 # peak and number of matrix units; v6e inferred, as a large product then runs at 97 % of the peak. Only v5p
 # and v6e have been held against published steps.
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 300e9, None, 3, 4096),
-    "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 200e9, 3.125e9, 2, 256),
-    "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1.75e9, 600e9, 6.25e9, 3, 8960),
-    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 448e9, 12.5e9, 2, 256),
+    "v4": Chip("v4", 275e12, 32 * GIB, 1.2e12, 1.05e9, 2, 300e9, None, 3, 4096),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 0.82e12, 1.5e9, 1, 200e9, 3.125e9, 2, 256),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1.75e9, 2, 600e9, 6.25e9, 3, 8960),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 1.75e9, 1, 448e9, 12.5e9, 2, 256),
 }
 
 

@@ -3,7 +3,8 @@
     seconds = cycles + kernels + exposed
 
     cycles    sum over instructions of the compiler's own estimate x how often it is executed / clock
-    kernels   of Pallas calls, which the compiler has no estimate for: their products at half of the peak
+    kernels   of Pallas calls, which the compiler has no estimate for: their products at half of the peak, and
+              their vector work at 0.3 of its
     exposed   of communication that nothing is computed beside, and of what the rest cannot hide
 
 Against two published steps, 32B on 64 v5p and 8B on 256 v6e, the method of cycles and kernels gave 1.02 and
@@ -26,6 +27,9 @@ from umm_jax.plan.hlo import Collective, Program
 # Share of the peak that the products of an attention kernel run at: assumed, a head of 128 fills half of a
 # matrix unit of 256.
 KERNEL_EFFICIENCY = 0.5
+# Share of the vector units' rate that kernels bound by them run at: what the compiler's schedule of the
+# sampling kernels for v5e came to (docs/performance.md), rounded down.
+VECTOR_EFFICIENCY = 0.3
 # A program of this kind is within so much of the estimate, by the two steps it was held against.
 BAND = 0.10
 
@@ -149,7 +153,7 @@ def report(made: Compiled, topology: Topology | None, tokens: int) -> Report:
     between, note = _between_slices(program, chip)
     moved, notes = moved + between, notes + note
     cycles = program.cycles / chip.clock
-    kernels, note = _kernels(program, chip.peak)
+    kernels, note = _kernels(program, chip)
     open_, hidden = (sum(m.seconds for m in moved if m.hidden is which) for which in (False, True))
     estimate = Estimate(cycles, kernels, open_ + max(0.0, hidden - cycles - kernels), open_ + hidden)
     work = sum(sum(one.values()) for one in share.values())
@@ -224,22 +228,25 @@ def _overlapped(program: Program) -> set[str]:
     return found
 
 
-def _kernels(program: Program, peak: float) -> tuple[float, list[str]]:
-    """Seconds of Pallas calls that say their FLOPs, and what is to be said of the others."""
-    flops, silent = 0.0, 0
+def _kernels(program: Program, chip: Chip) -> tuple[float, list[str]]:
+    """Seconds of Pallas calls that say their work, and what is to be said of the others."""
+    flops, vector, silent = 0.0, 0.0, 0
     for _, one, count in program.each():
         if one.opcode == "custom-call" and one.target == "tpu_custom_call":
             said = re.search(r'"flops":"?(\d+)', one.rest)
             flops += count * int(said[1]) if said else 0
+            more = re.search(r'"transcendentals":"?(\d+)', one.rest)
+            vector += count * int(more[1]) if more else 0
             silent += not said
     notes = []
     if flops:
         notes.append(
-            f"Pallas kernels: {flops / 1e12:.2f} TFLOP at {KERNEL_EFFICIENCY:.0%} of the peak (assumed)"
+            f"Pallas kernels: {flops / 1e12:.2f} TFLOP at {KERNEL_EFFICIENCY:.0%} of the peak, "
+            f"{vector / 1e12:.2f} T vector operations at {VECTOR_EFFICIENCY:.0%} of theirs (assumed)"
         )
     if silent:
         notes.append(f"{silent} Pallas kernels do not say their FLOPs: their time is missing")
-    return flops / (KERNEL_EFFICIENCY * peak), notes
+    return flops / (KERNEL_EFFICIENCY * chip.peak) + vector / (VECTOR_EFFICIENCY * chip.vector), notes
 
 
 # --- words -----------------------------------------------------------------------------------------------

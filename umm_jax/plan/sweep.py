@@ -10,7 +10,7 @@ from umm_jax.config import RunConfig
 from umm_jax.errors import ConfigError, UserError
 from umm_jax.plan.estimate import Report
 
-POLICIES = ("none", "dots_attention", "dots_no_batch", "dots", "full")
+POLICIES = ("none", "dots_attention", "dots_no_batch", "dots", "attention", "full")
 
 
 @dataclass(frozen=True)
