@@ -8,10 +8,13 @@ their lengths are ours: the paper names three stages of data and gives no number
     umm train --config=configs/chatumm_7b_b.py --workdir=runs/chatumm_b       # begins from runs/chatumm_a
     umm train --config=configs/chatumm_7b_c.py --workdir=runs/chatumm_c
 
-``stage("A")`` of this file is what each of the three gives.
+``stage("A")`` of this file is what each of the three gives. ``configs/chatumm_7b.py:v5p-64`` is the same for
+64 chips of v5p, as ``umm plan`` found it to fit and go; see PRESETS and docs/performance.md.
 """
 
 from ml_collections import ConfigDict
+
+from umm_jax.config import preset
 
 # Shares of dialogues by the stage of synthesis they come from; the rest is single exchanges played again, so
 # that what the base can do is not forgotten.
@@ -23,6 +26,20 @@ STAGES = {
 REPLAY = {"text_to_image": 0.30, "editing": 0.30, "image_questions": 0.30, "text": 0.10}
 
 
+# By chips. Kernels attend, which a TPU has not run yet (docs/performance.md); what they give is kept for the
+# backward pass where there is room.
+PRESETS = {
+    "v5p-64": dict(
+        model=dict(
+            mixture=dict(attention="kernels", remat="attention"),
+            vision=dict(attention="kernels"),
+        )
+    ),
+        model=dict(mixture=dict(attention="kernels", remat="attention"), vision=KERNELS["vision"])
+    ),
+}
+
+
 def sources(dialogues: dict[int, float]) -> list[dict]:
     """Folders of records and their weights, which add up to 1."""
     found = [dict(path=f"data/dialogues_{stage}", weight=share) for stage, share in dialogues.items()]
@@ -30,10 +47,10 @@ def sources(dialogues: dict[int, float]) -> list[dict]:
     return found + [dict(path=f"data/{name}", weight=round(rest * w, 6)) for name, w in REPLAY.items()]
 
 
-def stage(name: str) -> ConfigDict:
-    """The config of one stage."""
+def stage(name: str, chips: str | None = None) -> ConfigDict:
+    """The config of one stage, for some chips of PRESETS."""
     chosen = STAGES[name]
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             family="chatumm",
             model=dict(
@@ -78,7 +95,8 @@ def stage(name: str) -> ConfigDict:
             eval=dict(weights="ema"),
         )
     )
+    return preset(config, PRESETS, chips)
 
 
-def get_config() -> ConfigDict:
-    return stage("A")
+def get_config(chips: str | None = None) -> ConfigDict:
+    return stage("A", chips)

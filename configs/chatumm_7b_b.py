@@ -6,5 +6,5 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    return runpy.run_path(str(Path(__file__).with_name("chatumm_7b.py")))["stage"]("B")
+def get_config(chips: str | None = None) -> ConfigDict:
+    return runpy.run_path(str(Path(__file__).with_name("chatumm_7b.py")))["stage"]("B", chips)

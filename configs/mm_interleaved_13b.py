@@ -17,14 +17,31 @@ earlier images, as the paper says, not at the last one.
 
 from ml_collections import ConfigDict
 
+from umm_jax.config import preset
 from umm_jax.families.mm_interleaved.recipe import optimizer_groups
 
 # Rows of captioned pictures: a pair is not torn apart, and in a quarter of the rows pairs become documents.
 PAIRS = dict(cut="document", merge=0.25)
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict(
+# By chips, see docs/performance.md. Kernels attend and sample, which a TPU has not run yet; the pictures of a
+# row are learned from in two halves, so that the UNet need not be run again.
+SAMPLING = dict(implementation="pallas")
+PRESETS = {
+    "v5p-64": dict(
+        model=dict(
+            draw_chunk=15,
+            backbone=dict(synchronizer=SAMPLING, attention="kernels"),
+            tower=dict(clip_adapter=SAMPLING),
+            unet=dict(remat="none", self_attention="kernels"),
+            unet_sync=SAMPLING,
+        )
+    ),
+}
+
+
+def get_config(chips: str | None = None) -> ConfigDict:
+    config = ConfigDict(
         dict(
             family="mm_interleaved",
             model=dict(
@@ -83,3 +100,4 @@ def get_config() -> ConfigDict:
             ),
         )
     )
+    return preset(config, PRESETS, chips)

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from umm_jax import cli, families
+from umm_jax import config as configs
 from umm_jax.cli import grammar
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
@@ -72,6 +73,26 @@ def config(tmp_path):
         f"    return {{'family': 'mm_interleaved', 'model': {{}}, 'data': {{'sources': {sources!r}}}}}\n"
     )
     return path
+
+
+def test_a_config_file_may_take_a_word(config, tmp_path):
+    worded = tmp_path / "worded.py"
+    body = "{'family': 'mm_interleaved', 'model': {}, 'data': {'tokens': {'long': 640}[word]}}"
+    worded.write_text(f"def get_config(word='long'):\n    return {body}\n")
+    assert configs.load(f"{worded}:long").data.tokens == configs.load(worded).data.tokens == 640
+    with pytest.raises(ConfigError, match="takes no word, so leave out ':long'"):
+        configs.load(f"{config}:long")
+    with pytest.raises(ConfigError, match="nope.py: no such config file"):
+        configs.load("nope.py:long")
+
+
+@pytest.mark.parametrize("name", ["chatumm_7b", "chatumm_7b_c", "mm_interleaved_13b"])
+def test_a_flagship_has_presets_for_topologies(name):
+    path = f"configs/{name}.py"
+    plain, preset = configs.load(path), configs.load(f"{path}:v5p-64")
+    assert preset.model != plain.model and preset.data.sources == plain.data.sources
+    with pytest.raises(ConfigError, match="no preset for 'v5p-63'; there are v5p-64"):
+        configs.load(f"{path}:v5p-63")
 
 
 @pytest.mark.parametrize(

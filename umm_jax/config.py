@@ -8,6 +8,7 @@ Imports nothing of ours but the error types, and no JAX, so that launchers can r
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 import types
@@ -468,14 +469,26 @@ class RunConfig:
 # --- files and overrides --------------------------------------------------------------------------
 
 
+def preset(config: Any, presets: Mapping[str, Mapping], word: str | None) -> Any:
+    """A config file's ConfigDict, changed as the preset of that name says; unchanged for None."""
+    if word is None:
+        return config
+    if word not in presets:
+        raise ConfigError(f"no preset for {word!r}; there are {', '.join(presets)}")
+    config.update(presets[word])
+    return config
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a config file (``.py`` with ``get_config()``, or the ``.json`` saved beside a run).
 
     Args:
+        path: ``file.py:word`` gives the word to a ``get_config(word)``, as a preset of it.
         overrides: strings ``a.b=value`` (a leading ``--config.`` is allowed); the value is JSON, or a
             bare string where it is not valid JSON. Tuples take an index: ``optim.groups.0.lr_scale=2``.
     """
-    path = Path(path)
+    file, colon, word = str(path).rpartition(".py:")
+    path = Path(f"{file}.py" if colon else path)
     if not path.exists():
         raise ConfigError(f"{path}: no such config file")
     if path.suffix == ".json":
@@ -491,7 +504,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{path}: has no get_config()")
-        raw = module.get_config()
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"{path}: its get_config() takes no word, so leave out ':{word}'")
+        raw = module.get_config(word) if colon else module.get_config()
         raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
     raw = json.loads(json.dumps(raw))
     # Overrides are checked against the completed tree, so that defaults can be overridden too.
