@@ -35,8 +35,6 @@ PRESETS = {
             vision=dict(attention="kernels"),
         )
     ),
-        model=dict(mixture=dict(attention="kernels", remat="attention"), vision=KERNELS["vision"])
-    ),
 }
 
 
