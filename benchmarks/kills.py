@@ -2,9 +2,9 @@
 
     python benchmarks/kills.py --kills=100 --processes=1 --signal=KILL
 
-Trains world_tiny on a few dialogues, made here. Every third kill waits until a checkpoint is being written;
-the others come at a random time, from before the first step to the middle of training. After each kill the
-newest complete checkpoint is read, whole. With --signal=TERM a run must save and end with the status of a
+Trains world_tiny on a few dialogues, made here. A third of the kills waits until a checkpoint is being
+written, a third for a random number of steps, and a third comes within 25 seconds of the start. After each
+the newest complete checkpoint is read, whole. With --signal=TERM a run must save and end with the status of a
 preempted one, unless it was too young to listen. At the end every array of the state is compared bit for bit,
 and every logged loss. Prints a JSON object: kills, how many fell into a save, at which steps, what was read,
 what differed.
@@ -148,15 +148,17 @@ def main() -> None:
         while found["kills"] < args.kills:
             before = reached(workdir)
             running = start(argv, args.processes, folder / "cache")
-            in_save = found["kills"] % 3 == 0
-            if in_save:
+            kind = ("save", "time", "steps")[found["kills"] % 3]
+            if kind == "save":
                 while not saving(workdir) and all(p.poll() is None for p in running):
                     time.sleep(0.001)
                 time.sleep(rng.random() * 0.05)
             else:
-                limit = time.monotonic() + rng.random() * 25
-                goal = before + rng.randrange(12)
+                limit = time.monotonic() + (rng.random() * 25 if kind == "time" else 600)
+                goal = before + (rng.randrange(1, 12) if kind == "steps" else steps)
                 while time.monotonic() < limit and reached(workdir) < goal:
+                    if any(p.poll() is not None for p in running):
+                        break
                     time.sleep(0.01)
             if any(p.poll() is not None for p in running):
                 finish(running)  # Ended before it was killed: it must have ended well.

@@ -320,6 +320,20 @@ ENTRY %main (a: f32[1000]) -> f32[1000] {
 """.replace("TURNS", '{"known_trip_count":{"n":"5"}}')
 
 
+def test_a_kernel_takes_as_long_as_its_products_or_its_vector_work():
+    chip = chips.CHIPS["v5p"]
+    call = (
+        '  %{0} = f32[8]{{0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{'
+        '"custom_call_config":{{"cost_estimate":{{"flops":"{1}","transcendentals":"{2}"}}}}}}\n'
+    )
+    silent = '  %s = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
+    body = call.format("p", 10**12, 10**9) + call.format("v", 10**9, 10**12) + silent
+    text = f"HloModule m\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} parameter(0)\n{body}}}\n"
+    seconds, notes = estimate._kernels(hlo.parse(text), chip)
+    wanted = 1e12 / (0.5 * 459e12) + 1e12 / (0.3 * 2 * 4096 * 1.75e9)
+    assert seconds == pytest.approx(wanted) and notes[1].startswith("1 Pallas kernels do not say")
+
+
 def test_what_goes_between_slices_takes_the_time_of_their_network():
     program = hlo.parse(BETWEEN)
     (moved,), notes = estimate._between_slices(program, chips.CHIPS["v5p"])

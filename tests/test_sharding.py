@@ -187,6 +187,36 @@ def test_gradients_through_split_kernels_are_those_of_one_device():
     assert len(worst) == 3 and max(worst) < 1e-5, worst
 
 
+def test_attention_and_sampling_take_their_rows_apart_whatever_stands_before_them():
+    """On real sizes the compiler gave up the split of pictures between products with split weights."""
+    out = on_eight_devices("""
+        import jax, jax.numpy as jnp
+        from umm_jax import sharding
+        from umm_jax.config import MeshConfig
+        from umm_jax.models.attention import attend
+        from umm_jax.models.deformable import sample
+        from umm_jax.plan import hlo
+
+        def flops(f, mesh, *shapes):
+            def run(*arrays):
+                with sharding.use(mesh):
+                    return jax.grad(lambda *a: jnp.sum(f(*a) ** 2), argnums=(0, 1, 2))(*arrays)
+            home = sharding.replicated(mesh)
+            arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=home) for s in shapes]
+            return hlo.parse(jax.jit(run).lower(*arrays).compile().as_text()).flops
+
+        hat = lambda v, l, w: sample(v, l, w, (8, 4), implementation="hat")
+        cases = [(attend, [(16, 256, 4, 16)] * 3),
+                 (hat, [(16, 1, 80, 4, 16), (16, 40, 1, 4, 2, 4, 2), (16, 40, 1, 4, 2, 4)])]
+        one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        for f, shapes in cases:
+            eight = sharding.make_mesh(MeshConfig(1, 8, 1))
+            print(flops(f, eight, *shapes) / flops(f, one, *shapes))
+    """)
+    shares = [float(line) for line in out.split()]
+    assert len(shares) == 2 and max(shares) < 1.01 / 8, shares
+
+
 def test_shardings_and_report_follow_the_axes_of_a_model():
     import toy_family as toy
 
