@@ -27,14 +27,12 @@ REPLAY = {"text_to_image": 0.30, "editing": 0.30, "image_questions": 0.30, "text
 
 
 # By chips. Kernels attend, which a TPU has not run yet (docs/performance.md); what they give is kept for the
-# backward pass where there is room.
+# backward pass where there is room. On v5e two chips share a row.
+KERNELS = dict(mixture=dict(attention="kernels"), vision=dict(attention="kernels"))
 PRESETS = {
-    "v5p-64": dict(
-        model=dict(
-            mixture=dict(attention="kernels", remat="attention"),
-            vision=dict(attention="kernels"),
-        )
-    ),
+    "v5p-64": dict(model=KERNELS | dict(mixture=dict(attention="kernels", remat="attention"))),
+    "v6e-64": dict(model=KERNELS),
+    "v5e-256": dict(model=KERNELS, mesh=dict(sequence=2), data=dict(batch_size=128)),
 }
 
 
