@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from umm_jax import config as configs
 from umm_jax import families, sharding
@@ -110,7 +109,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
     # │  Tokenizer and data                                                      │
     # └──────────────────────────────────────────────────────────────────────────┘
     if loader is None:
-        loader = _make_loader(run, workdir, family, model_config, mesh)
+        loader = _make_loader(run, workdir, family, model_config, sharding.share_of_batch(mesh))
 
     # ┌──────────────────────────────────────────────────────────────────────────┐
     # │  Model and state: from the newest checkpoint, another run, or the seed   │
@@ -408,8 +407,10 @@ def _claim(workdir: Path, run: RunConfig) -> None:
         os.replace(path.with_suffix(".tmp"), path)
 
 
-def _make_loader(run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig, mesh: Mesh) -> Any:
-    """The run's loader; the tokenizer is copied beside the run, which owns it from then on."""
+def _make_loader(
+    run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig, share: tuple[int, int]
+) -> Any:
+    """The loader of a share of the run's data; the tokenizer is copied beside the run, which owns it from then on."""
     from umm_jax.data.files import write_atomic
     from umm_jax.data.pipeline import make_loader, plan
     from umm_jax.data.tokenizer import Tokenizer
@@ -425,7 +426,7 @@ def _make_loader(run: RunConfig, workdir: Path, family: Family, model_config: Mo
         raise ConfigError(f"{source} is not the tokenizer this run began with ({kept})")
     tokenizer = Tokenizer.load(kept if kept.exists() else source)
     serializer = family.stream.Serializer(model_config, tokenizer)
-    index, count = sharding.share_of_batch(mesh)
+    index, count = share
     loader = make_loader(run.data, serializer, process_index=index, process_count=count)
     _say(f"data      {len(run.data.sources)} sources, {tokenizer.size} pieces")
     _say(f"input     {plan(run.data, serializer.spec, count)}")
