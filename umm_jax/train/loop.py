@@ -410,7 +410,10 @@ def _claim(workdir: Path, run: RunConfig) -> None:
 def _make_loader(
     run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig, share: tuple[int, int]
 ) -> Any:
-    """The loader of a share of the run's data; the tokenizer is copied beside the run, which owns it from then on."""
+    """The loader of a share of the run's data.
+
+    The tokenizer is copied beside the run, which owns it from then on.
+    """
     from umm_jax.data.files import write_atomic
     from umm_jax.data.pipeline import make_loader, plan
     from umm_jax.data.tokenizer import Tokenizer
