@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MESH = {"data": 1, "fsdp": 4, "tensor": 2}
+MESH = {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
 
 
 def lowered(name: str, *overrides: str) -> dict:
