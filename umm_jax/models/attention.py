@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from umm_jax.errors import ConfigError
 from umm_jax.models import (
     attention_blocks,
     attention_gathered,
@@ -45,6 +46,12 @@ LONG = 1024
 SCOPE = "attention"
 
 IMPLEMENTATIONS = ("auto", "blocks", "kernels")
+
+
+def require_known(implementation: str, name: str = "attention") -> None:
+    """Raises ConfigError where a config's field `name` is none of :data:`IMPLEMENTATIONS`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"{name} {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
 
 
 # See :func:`attend`.

@@ -18,7 +18,7 @@ from flax import nnx
 
 from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
-from umm_jax.models.attention import IMPLEMENTATIONS, Mask, attend, merge_heads, split_heads
+from umm_jax.models.attention import Mask, attend, merge_heads, require_known, split_heads
 from umm_jax.models.lora_moe import LoRAMoE, LoRAMoEConfig
 from umm_jax.models.synchronizer import BackboneSync, SynchronizerConfig
 from umm_jax.sharding import constrain, ways
@@ -67,10 +67,7 @@ class BackboneConfig:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.kv_heads or self.heads):
             raise ConfigError(f"{self.heads} heads do not divide into {self.kv_heads} key/value heads")
-        if self.attention not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
-            )
+        require_known(self.attention)
         if self.sync_every < 1:
             raise ConfigError(f"sync_every must be at least 1, it is {self.sync_every}")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.attention import IMPLEMENTATIONS
+from umm_jax.models.attention import require_known
 from umm_jax.models.layers import LayerNorm, Linear, normal, param, part, scan, stack
 from umm_jax.models.masks import FULL, MaskSpec
 from umm_jax.models.vision import VisionLayer
@@ -42,10 +42,7 @@ class NaViTConfig:
     def __post_init__(self):
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads")
-        if self.attention not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"attention {self.attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
-            )
+        require_known(self.attention)
 
     @property
     def numbers(self) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umm_jax.errors import ConfigError
-from umm_jax.models.attention import IMPLEMENTATIONS
+from umm_jax.models.attention import require_known
 from umm_jax.models.layers import (
     Conv,
     Modules,
@@ -112,11 +112,7 @@ class UNetConfig:
                 raise ConfigError(f"width {width} does not divide into {heads} heads")
             if self.norm == "group" and width % self.norm_groups:
                 raise ConfigError(f"width {width} does not divide into norm_groups={self.norm_groups}")
-        if self.self_attention not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"self_attention {self.self_attention!r} is unknown; choose one of "
-                f"{', '.join(IMPLEMENTATIONS)}"
-            )
+        require_known(self.self_attention, "self_attention")
         if self.layers_per_block < 1 or self.mid_layers < 0 or self.patch < 1:
             raise ConfigError("layers_per_block and patch must be at least 1, mid_layers at least 0")
         if self.input_gate is not None and self.input_gate <= 0:

@@ -17,7 +17,7 @@ class Chip:
     Attributes:
         peak: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: of it, bytes/s.
         clock: cycles/s that the compiler's estimates are divided by.
-        cores: each with a vector unit of 1024 lanes by four.
+        cores: each with a vector unit that is taken to have 1024 lanes by four.
         links: bytes/s to other chips of the slice, all links together.
         network: bytes/s to other slices, a chip's share of the data-centre network; None is not published.
         dims: of its topologies. largest: chips of a slice.
