@@ -25,6 +25,9 @@ def kernels(request, monkeypatch):
         return attention_gpu
     monkeypatch.setattr(attention_tpu, "QUERIES", 128)
     monkeypatch.setattr(attention_tpu, "KEYS", 256)
+    monkeypatch.setattr(attention_tpu, "MORE_KEYS", 384)
+    monkeypatch.setattr(attention_tpu, "MANY", 350)
+    monkeypatch.setattr(attention_tpu, "ROOM", 16_000)
     return attention_tpu
 
 
@@ -115,7 +118,7 @@ def lowered(platform: str, implementation: str, queries: int = 1024) -> str:
         ("cuda", "auto", 3),
         ("cuda", "blocks", 0),
         ("tpu", "auto", 0),
-        ("tpu", "kernels", 3),
+        ("tpu", "kernels", 2),
         ("cpu", "kernels", 0),
     ],
 )

@@ -334,6 +334,22 @@ def test_a_kernel_takes_as_long_as_its_products_or_its_vector_work():
     assert seconds == pytest.approx(wanted) and notes[1].startswith("1 Pallas kernels do not say")
 
 
+def test_an_attention_kernel_takes_as_long_as_its_schedule():
+    call = (
+        "  %attend_forward.7 = (bf16[2,3,512,64]{3,2,1,0}, f32[2,3,1,512]{3,2,1,0}) custom-call(%a), "
+        'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
+        '{"cost_estimate":{"flops":"1000","transcendentals":"4000000"}}}\n'
+    )
+    text = f"HloModule m\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} parameter(0)\n{call}}}\n"
+    a_score, a_row = estimate.SCHEDULED["attend_forward", "v5e"]
+    seconds, (note,) = estimate._kernels(hlo.parse(text), chips.CHIPS["v5e"])
+    assert seconds == pytest.approx((4e6 * a_score + 2 * 3 * 512 * a_row) / 1.5e9)
+    assert "as the compiler schedules them" in note
+    # No schedule of v4 is known: what is assumed, and said to be.
+    seconds, (note,) = estimate._kernels(hlo.parse(text), chips.CHIPS["v4"])
+    assert seconds == pytest.approx(4e6 / (0.3 * 2 * 4096 * 1.05e9)) and "assumed" in note
+
+
 def test_what_goes_between_slices_takes_the_time_of_their_network():
     program = hlo.parse(BETWEEN)
     (moved,), notes = estimate._between_slices(program, chips.CHIPS["v5p"])

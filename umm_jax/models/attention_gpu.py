@@ -279,7 +279,7 @@ def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
         _keys_kernel, False, given_to(False), [((by_head, a.dtype), call.key(True, 1)) for a in (k, v)]
     )
     t, h = q.shape[3:]
-    return dq[:, :, :t, :h].reshape(q.shape), over_groups(dk, k), over_groups(dv, v)
+    return dq[:, :, :t, :h].reshape(q.shape), over_groups([dk], k), over_groups([dv], v)
 
 
 forward, backward = on_each_device(_forward, _backward)

@@ -4,7 +4,7 @@ Letters as in ``attention.py``: q [B, K, G, T, H], k and v [B, K, S, H]; in kern
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,13 @@ def by_heads(x: jax.Array, size: int) -> jax.Array:
     return filled(x.reshape(x.shape[0], -1, *x.shape[-2:]), 2, size)
 
 
-def over_groups(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Sums [B, N, S, H] over the heads that share keys, and cuts off what was filled up: as `like`.
+def over_groups(parts: Sequence[jax.Array], like: jax.Array) -> jax.Array:
+    """Sums arrays [B, N, S, H], and each over the heads that share keys, and cuts off what was filled up.
 
     A program for all heads that share a key would need no sum, and leave most of a chip idle.
     """
-    x = jnp.sum(x.reshape(*like.shape[:2], -1, *x.shape[2:]), axis=2, dtype=jnp.float32)
+    x = sum(x.astype(jnp.float32) for x in parts)
+    x = jnp.sum(x.reshape(*like.shape[:2], -1, *x.shape[2:]), axis=2)
     return x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
 
 

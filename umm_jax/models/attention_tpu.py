@@ -30,6 +30,16 @@ from umm_jax.models.attention_plain import MASKED
 from umm_jax.models.masks import EMPTY, MIXED, WHOLE, MaskSpec, block_table, visible
 
 QUERIES, KEYS = 512, 512  # of a block
+# Of a block of keys in the forward pass where there are many: a kernel's turn has work of its own beside its
+# pair's, and pays it half as often.
+MORE_KEYS, MANY = 1024, 8192
+ROOM = 10 * 2**20  # bytes of fast memory for the gradients of queries; no chip has less than 16 MiB of it
+LOG2_E = math.log2(math.e)
+
+
+def block_of_keys(keys: int) -> int:
+    """Keys of a block in the forward pass."""
+    return KEYS if keys < MANY else MORE_KEYS
 
 
 class _Pairs(NamedTuple):
@@ -74,8 +84,8 @@ def _for_pair(pairs: _Pairs, begin, add, end):
 
 
 def _scores(q, k, of_q_ref, of_k_ref, scale, masked):
-    """[s, t]."""
-    scores = dot(k, q, (1, 1)) * scale
+    """[s, t], for powers of two: chips have no other, and the factor between goes with the scale."""
+    scores = dot(k, q, (1, 1)) * (scale * LOG2_E)
     if not masked:
         return scores
     of_q = MaskSpec(*(of_q_ref[i : i + 1, :] for i in range(4)))
@@ -83,7 +93,7 @@ def _scores(q, k, of_q_ref, of_k_ref, scale, masked):
     return jnp.where(visible(of_q, of_k), scores, MASKED)
 
 
-def _forward_kernel(*refs, scale):
+def _attend_forward(*refs, scale):
     pairs, refs = _Pairs(*refs[:6]), refs[6:]
     q_ref, k_ref, v_ref, of_q_ref, of_k_ref, out_ref, total_ref, top_ref, sum_ref, sums_ref = refs
 
@@ -95,10 +105,10 @@ def _forward_kernel(*refs, scale):
         v, top = v_ref[...], top_ref[...]
         scores = _scores(q_ref[...], k_ref[...], of_q_ref, of_k_ref, scale, masked)
         higher = jnp.maximum(top, jnp.max(scores, axis=0, keepdims=True))
-        raised = jnp.exp(scores - higher)
-        # Where nothing has been read yet, exp(MASKED - MASKED) is 1.
+        raised = jnp.exp2(scores - higher)
+        # Where nothing has been read yet, 2 ** (MASKED - MASKED) is 1.
         raised = jnp.where(scores > MASKED / 2, raised, 0.0) if masked else raised
-        shrink = jnp.exp(top - higher)
+        shrink = jnp.exp2(top - higher)
         top_ref[...] = higher
         sum_ref[...] = sum_ref[...] * shrink + jnp.sum(raised, axis=0, keepdims=True)
         sums_ref[...] = sums_ref[...] * shrink + dot(v, raised.astype(v.dtype), (0, 0))
@@ -108,58 +118,53 @@ def _forward_kernel(*refs, scale):
         read = total > 0
         total = jnp.where(read, total, 1.0)
         out_ref[...] = (sums_ref[...] / total).T.astype(out_ref.dtype)
-        total_ref[...] = jnp.where(read, top_ref[...] + jnp.log(total), 0.0)
+        total_ref[...] = jnp.where(read, top_ref[...] / LOG2_E + jnp.log(total), 0.0)
 
     _for_pair(pairs, begin, add, end)
 
 
-def _weights(scores, total_ref, masked):
-    weights = jnp.exp(scores - total_ref[...])
-    return jnp.where(scores > MASKED / 2, weights, 0.0) if masked else weights
+def _attend_backward(*refs, scale):
+    """All gradients: of the keys and values of a block, from the queries of one head, and of those queries.
 
-
-def _queries_kernel(*refs, scale):
-    """The gradient of the queries of a block."""
-    pairs, refs = _Pairs(*refs[:6]), refs[6:]
-    q_ref, k_ref, v_ref, of_q_ref, of_k_ref, grad_ref, total_ref, given_ref, dq_ref, sums_ref = refs
-
-    def begin():
-        sums_ref[...] = jnp.zeros_like(sums_ref)
-
-    def add(masked):
-        k = k_ref[...]
-        scores = _scores(q_ref[...], k, of_q_ref, of_k_ref, scale, masked)
-        ds = _weights(scores, total_ref, masked) * (dot(v_ref[...], grad_ref[...], (1, 1)) - given_ref[...])
-        sums_ref[...] += dot(ds.astype(k.dtype), k, (0, 0))
-
-    def end():
-        dq_ref[...] = (sums_ref[...] * scale).astype(dq_ref.dtype)
-
-    _for_pair(pairs, begin, add, end)
-
-
-def _keys_kernel(*refs, scale):
-    """The gradients of the keys and values of a block, from the queries of one head."""
+    The blocks of queries come round again with every block of keys, so their gradients are added up in fast
+    memory, those of a whole row [blocks, H, t], and leave it with the row's last pair.
+    """
     pairs, refs = _Pairs(*refs[:6]), refs[6:]
     q_ref, k_ref, v_ref, of_q_ref, of_k_ref, grad_ref, total_ref, given_ref, *refs = refs
-    dk_ref, dv_ref, dk_sums_ref, dv_sums_ref = refs
+    dk_ref, dv_ref, dq_ref, dk_sums_ref, dv_sums_ref, dq_sums_ref, turned_ref = refs
+    n, p, count = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    row, before, after = (pairs.row[jnp.clip(p + i, 0, count - 1)] for i in (0, -1, 1))
+
+    @pl.when((p == 0) | (row != before))
+    def _():
+        def clear(i, _):
+            dq_sums_ref[i] = jnp.zeros(dq_sums_ref.shape[1:], jnp.float32)
+
+        jax.lax.fori_loop(0, dq_sums_ref.shape[0], clear, None)
 
     def begin():
         dk_sums_ref[...], dv_sums_ref[...] = jnp.zeros_like(dk_sums_ref), jnp.zeros_like(dv_sums_ref)
+        turned_ref[...] = k_ref[...].T
 
     def add(masked):
         q, grad = q_ref[...], grad_ref[...]
         scores = _scores(q, k_ref[...], of_q_ref, of_k_ref, scale, masked)
-        weights = _weights(scores, total_ref, masked)
+        weights = jnp.exp2(scores - total_ref[...] * LOG2_E)
+        weights = jnp.where(scores > MASKED / 2, weights, 0.0) if masked else weights
         dv_sums_ref[...] += dot(weights.astype(grad.dtype), grad, (1, 0))
-        ds = weights * (dot(v_ref[...], grad, (1, 1)) - given_ref[...])
-        dk_sums_ref[...] += dot(ds.astype(q.dtype), q, (1, 0))
+        ds = (weights * (dot(v_ref[...], grad, (1, 1)) - given_ref[...])).astype(q.dtype)
+        dk_sums_ref[...] += dot(ds, q, (1, 0))
+        dq_sums_ref[pairs.other[p]] += dot(turned_ref[...], ds, (1, 0))
 
     def end():
         dk_ref[...] = (dk_sums_ref[...] * scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_sums_ref[...].astype(dv_ref.dtype)
 
     _for_pair(pairs, begin, add, end)
+
+    @pl.when((p == count - 1) | (row != after))
+    def _():
+        pltpu.sync_copy(dq_sums_ref, dq_ref.at[row, n])
 
 
 # --- around the kernels ----------------------------------------------------------------------------------
@@ -172,12 +177,13 @@ class _Call:
         arrays: q, k, v and the masks of queries [B, 4, T] and of keys [B, S, 4].
         table: what its blocks hold.
         t, s: queries and keys of a block.
+        start: keys before the first query, were the mask causal; None is not known.
     """
 
-    def __init__(self, q, k, v, of_q: MaskSpec, of_k: MaskSpec, scale: float):
-        self.scale, self.group = scale, q.shape[2]
+    def __init__(self, q, k, v, of_q: MaskSpec, of_k: MaskSpec, scale: float, start: int | None, keys: int):
+        self.scale, self.group, self.start = scale, q.shape[2], start
         self.t, self.s = (
-            min(most, -(-n // 128) * 128) for most, n in ((QUERIES, q.shape[3]), (KEYS, k.shape[2]))
+            min(most, -(-n // 128) * 128) for most, n in ((QUERIES, q.shape[3]), (keys, k.shape[2]))
         )
         of_q = MaskSpec(*(filled(a.astype(jnp.int32), 1, self.t) for a in of_q))
         of_k = MaskSpec(*(filled(a.astype(jnp.int32), 1, self.s) for a in of_k))
@@ -189,14 +195,18 @@ class _Call:
     def cost(self, products: int, read: int, out: Sequence[tuple[Any, Any]]) -> pl.CostEstimate:
         """What a compiler may count for a kernel: how many pairs there are is known when it runs.
 
-        Counted are those of one causal stream where there are as many queries as keys, else all.
+        A head is counted as wide as a matrix unit, which takes as long over a narrower one; and pairs, as
+        those of one causal stream where it is known what stands before the queries, else all.
         """
-        own, other = self.table.shape[1:]
-        pairs = own * (own + 1) // 2 if own == other else own * other
-        scores = self.b * self.n * pairs * self.t * self.s
+        queries, keys = (x.shape[2] for x in self.arrays[:2])
+        if self.start is not None:
+            keys = min(keys, self.start + (queries + self.s) // 2)
+        scores = self.b * self.n * queries * keys
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in out)
         return pl.CostEstimate(
-            flops=2 * products * scores * self.h, transcendentals=scores, bytes_accessed=read + written
+            flops=2 * products * scores * -(-self.h // 128) * 128,
+            transcendentals=scores,
+            bytes_accessed=read + written,
         )
 
     # Where the block of a pair lies in an array. `by` is the number of pairs that counts blocks of it.
@@ -225,7 +235,7 @@ class _Call:
         products: int,
         more: Sequence[tuple[Any, Any]],
         out: Sequence[tuple[Any, Any]],
-        scratch: Sequence[tuple[int, int]],
+        scratch: Sequence[tuple[Any, Any]],
     ):
         """`kernel` for all pairs of blocks, of queries and of the keys they read or the other way about.
 
@@ -233,7 +243,7 @@ class _Call:
             products: of matrices that it makes of a pair of blocks.
             more: (array, spec) of arguments beside the pairs and `arrays`.
             out: (shape and type, spec) of the results.
-            scratch: shapes of float32 arrays a kernel adds up in.
+            scratch: (shape, type) of arrays in fast memory that a kernel keeps from pair to pair.
         """
         pairs, count = _pairs(self.table if own_queries else jnp.swapaxes(self.table, 1, 2))
         q, k = ("own", "other") if own_queries else ("other", "own")
@@ -247,12 +257,13 @@ class _Call:
                     grid=(self.n, count),
                     in_specs=[*inputs, *(spec for _, spec in more)],
                     out_specs=[spec for _, spec in out],
-                    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+                    scratch_shapes=[pltpu.VMEM(*array) for array in scratch],
                 ),
                 out_shape=[jax.ShapeDtypeStruct(*shape) for shape, _ in out],
                 cost_estimate=self.cost(products, _bytes(arrays), [shape for shape, _ in out]),
                 compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
                 interpret=interpret,
+                name=kernel.__name__.strip("_"),
             )(*arrays)
 
         real, interpreted = (functools.partial(call, interpret=x) for x in (False, True))
@@ -260,53 +271,81 @@ class _Call:
         return jax.lax.platform_dependent(*arrays, tpu=real, default=interpreted)
 
 
+class _Span(NamedTuple):
+    """Queries of a row that are in a kernel together: [first, end), and the keys before, see ``_Call``."""
+
+    first: int
+    end: int
+    start: int | None
+
+    def of(self, x: jax.Array, axis: int = 3) -> jax.Array:
+        return jax.lax.slice_in_dim(x, self.first, self.end, axis=axis)
+
+
+def _spans(q, k) -> list[_Span]:
+    """As few as there is room for."""
+    t, h = q.shape[3:]
+    size = -(-t // -(-4 * t * h // ROOM))  # of as many spans as ROOM goes into the gradients, rounded up
+    size = -(-size // QUERIES) * QUERIES
+    causal = t == k.shape[2]
+    return [_Span(i, min(i + size, t), i if causal else None) for i in range(0, t, size)]
+
+
 def _forward(q, k, v, of_q, of_k, *, scale):
-    call = _Call(q, k, v, of_q, of_k, scale)
-    like_q = call.arrays[0].shape
-    out, total = call.run(
-        _forward_kernel,
-        True,
-        2,
-        [],
-        [
-            ((like_q, v.dtype), call.query("own")),
-            (((*like_q[:2], 1, like_q[2]), jnp.float32), call.number("own")),
-        ],
-        [(1, call.t), (1, call.t), (call.h, call.t)],
-    )
-    t = q.shape[3]
-    return out[:, :, :t].reshape(q.shape), total[:, :, 0, :t].reshape(*q.shape[:4], 1)
+    found = []
+    for span in _spans(q, k):
+        part, of_part = span.of(q), MaskSpec(*(span.of(a, axis=1) for a in of_q))
+        call = _Call(part, k, v, of_part, of_k, scale, span.start, block_of_keys(k.shape[2]))
+        like_q = call.arrays[0].shape
+        out, total = call.run(
+            _attend_forward,
+            True,
+            2,
+            [],
+            [
+                ((like_q, v.dtype), call.query("own")),
+                (((*like_q[:2], 1, like_q[2]), jnp.float32), call.number("own")),
+            ],
+            [((1, call.t), jnp.float32)] * 2 + [((call.h, call.t), jnp.float32)],
+        )
+        t = part.shape[3]
+        found.append((out[:, :, :t].reshape(part.shape), total[:, :, 0, :t].reshape(*part.shape[:4], 1)))
+    out, total = zip(*found)
+    return jnp.concatenate(out, axis=3), jnp.concatenate(total, axis=3)
 
 
 def _backward(q, k, v, of_q, of_k, out, total, grad, *, scale):
     given = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
-    call = _Call(q, k, v, of_q, of_k, scale)
-    like_q, like_k = call.arrays[0].shape, call.arrays[1].shape
-    numbers = [jnp.swapaxes(by_heads(x, call.t), 2, 3) for x in (total, given)]
-    by_query = [by_heads(grad, call.t), *numbers]
-
-    def given_to(by):
-        return list(zip(by_query, [call.query(by), call.number(by), call.number(by)]))
-
-    (dq,) = call.run(
-        _queries_kernel,
-        True,
-        3,
-        given_to("own"),
-        [((like_q, q.dtype), call.query("own"))],
-        [(call.t, call.h)],
-    )
-    by_head = (call.b, call.n, *like_k[2:])
-    dk, dv = call.run(
-        _keys_kernel,
-        False,
-        4,
-        given_to("other"),
-        [((by_head, a.dtype), call.key("own", 1)) for a in (k, v)],
-        [(call.s, call.h)] * 2,
-    )
-
-    return dq[:, :, : q.shape[3]].reshape(q.shape), over_groups(dk, k), over_groups(dv, v)
+    found = []
+    for span in _spans(q, k):
+        part, of_part = span.of(q), MaskSpec(*(span.of(a, axis=1) for a in of_q))
+        call = _Call(part, k, v, of_part, of_k, scale, span.start, KEYS)
+        like_q, like_k = call.arrays[0].shape, call.arrays[1].shape
+        numbers = [jnp.swapaxes(by_heads(span.of(x), call.t), 2, 3) for x in (total, given)]
+        by_head, blocks = (call.b, call.n, *like_k[2:]), call.table.shape[1]
+        by_block = (blocks, call.h, call.t)
+        dk, dv, dq = call.run(
+            _attend_backward,
+            False,
+            5,
+            [
+                (by_heads(span.of(grad), call.t), call.query("other")),
+                *((x, call.number("other")) for x in numbers),
+            ],
+            [
+                *(((by_head, a.dtype), call.key("own", 1)) for a in (k, v)),
+                (((*by_head[:2], *by_block), jnp.float32), pl.BlockSpec(memory_space=pl.ANY)),
+            ],
+            [
+                *[((call.s, call.h), jnp.float32)] * 2,
+                (by_block, jnp.float32),
+                ((call.h, call.s), k.dtype),
+            ],
+        )
+        dq = (jnp.swapaxes(dq, 3, 4).reshape(like_q) * scale).astype(q.dtype)
+        found.append((dq[:, :, : part.shape[3]].reshape(part.shape), dk, dv))
+    dq, dk, dv = zip(*found)
+    return jnp.concatenate(dq, axis=3), over_groups(dk, k), over_groups(dv, v)
 
 
 def _bytes(arrays: Sequence[jax.Array]) -> int:

@@ -3,14 +3,16 @@
     seconds = cycles + kernels + exposed
 
     cycles    sum over instructions of the compiler's own estimate x how often it is executed / clock
-    kernels   of Pallas calls, which the compiler has no estimate for: their products at half of the peak, or
-              their vector work at 0.3 of its, whichever is longer
+    kernels   of Pallas calls, which the compiler has no estimate for: those of attention by the length of
+              their schedules, of others their products at half of the peak, or their vector work at 0.3 of
+              its, whichever is longer
     exposed   of communication that nothing is computed beside, and of what the rest cannot hide
 
 Against two published steps, 32B on 64 v5p and 8B on 256 v6e, the method of cycles and kernels gave 1.02 and
 0.96 of what was measured; both are bound by computation. Nothing here is a measurement.
 """
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -24,8 +26,18 @@ from umm_jax.plan.compiling import Compiled
 from umm_jax.plan.counting import is_backward, part_of
 from umm_jax.plan.hlo import Collective, Program
 
-# Share of the peak that the products of an attention kernel run at: assumed, a head of 128 fills half of a
-# matrix unit of 256.
+# Cycles of a core for each score of an attention kernel, and more for each row (of queries; of keys in the
+# backward pass): a causal stream cuts one block of each. ``benchmarks/attention_schedule.py`` counts them in
+# the compiler's schedules.
+SCHEDULED = {
+    ("attend_forward", "v5p"): (6.37e-3, 8.4),
+    ("attend_backward", "v5p"): (1.30e-2, 3.1),
+    ("attend_forward", "v5e"): (6.14e-3, 8.2),
+    ("attend_backward", "v5e"): (1.24e-2, 3.3),
+    ("attend_forward", "v6e"): (4.31e-3, 9.4),
+    ("attend_backward", "v6e"): (7.44e-3, 4.5),
+}
+# Share of the peak that the products of another kernel run at: assumed.
 KERNEL_EFFICIENCY = 0.5
 # Share of the vector units' rate that kernels bound by them run at: what the compiler's schedule of the
 # sampling kernels for v5e came to (docs/performance.md), rounded down.
@@ -229,32 +241,42 @@ def _overlapped(program: Program) -> set[str]:
 
 
 def _kernels(program: Program, chip: Chip) -> tuple[float, list[str]]:
-    """Seconds of Pallas calls that say their work, and what is to be said of the others.
-
-    A kernel takes as long as its products or its vector work do, whichever is longer.
-    """
-    flops, vector, seconds, silent = 0, 0, 0.0, 0
+    """Seconds of Pallas calls that say their work, and what is to be said of them and of the others."""
+    scheduled, assumed, silent = [0.0, 0.0], [0.0, 0.0, 0.0], 0
     for _, one, count in program.each():
-        if one.opcode == "custom-call" and one.target == "tpu_custom_call":
-            told = {
-                name: int(found[1]) if (found := re.search(rf'"{name}":"?(\d+)', one.rest)) else 0
-                for name in ("flops", "transcendentals")
-            }
-            products, others = count * told["flops"], count * told["transcendentals"]
-            flops, vector, silent = flops + products, vector + others, silent + (not products)
-            seconds += max(
-                products / (KERNEL_EFFICIENCY * chip.peak), others / (VECTOR_EFFICIENCY * chip.vector)
-            )
+        if one.opcode != "custom-call" or one.target != "tpu_custom_call":
+            continue
+        flops, others = (
+            count * int(found[1]) if (found := re.search(rf'"{name}":"?(\d+)', one.rest)) else 0
+            for name in ("flops", "transcendentals")
+        )
+        kernel = re.match(r"\w+", one.name)[0]
+        if known := SCHEDULED.get((kernel, chip.name)):
+            rows = count * math.prod(one.arrays[0].shape[:-1])
+            cycles = others * known[0] + rows * known[1]
+            scheduled = [scheduled[0] + flops, scheduled[1] + cycles / chip.cores / chip.clock]
+        elif flops:
+            # A kernel takes as long as its products or its vector work do, whichever is longer.
+            time = max(flops / (KERNEL_EFFICIENCY * chip.peak), others / (VECTOR_EFFICIENCY * chip.vector))
+            assumed = [a + b for a, b in zip(assumed, (flops, others, time))]
+        else:
+            silent += 1
     notes = []
-    if flops:
+    if scheduled[1]:
+        share = scheduled[0] / scheduled[1] / chip.peak
         notes.append(
-            f"Pallas kernels: {flops / 1e12:.2f} TFLOP at {KERNEL_EFFICIENCY:.0%} of the peak, or "
-            f"{vector / 1e12:.2f} T vector operations at {VECTOR_EFFICIENCY:.0%} of theirs where these are "
-            "longer (assumed)"
+            f"attention kernels: {scheduled[0] / 1e12:.2f} TFLOP in {scheduled[1]:.3f} s, as the compiler "
+            f"schedules them ({share:.0%} of the peak); memory is not waited for"
+        )
+    if assumed[2]:
+        notes.append(
+            f"other Pallas kernels: {assumed[0] / 1e12:.2f} TFLOP at {KERNEL_EFFICIENCY:.0%} of the peak, or "
+            f"{assumed[1] / 1e12:.2f} T vector operations at {VECTOR_EFFICIENCY:.0%} of theirs where these "
+            f"are longer (assumed): {assumed[2]:.3f} s"
         )
     if silent:
         notes.append(f"{silent} Pallas kernels do not say their FLOPs: their time is missing")
-    return seconds, notes
+    return scheduled[1] + assumed[2], notes
 
 
 # --- words -----------------------------------------------------------------------------------------------
