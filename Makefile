@@ -51,7 +51,9 @@ demo: setup
 	@$(VENV)/bin/umm demo $(ARGS)
 
 # JAX_PLATFORMS=cpu unless the caller chose: the tests compare numbers that are defined on the CPU.
-PYTEST := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q
+# Two files at a time (some GB each), or as many as JOBS says; the tests of a file share what they set up.
+JOBS ?= 2
+PYTEST := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test: $(VENV)/.tested
 	@$(PYTEST) -m "not slow" $(ARGS)

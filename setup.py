@@ -20,7 +20,7 @@ def version() -> str:
 DATA = ["pyarrow>=15.0"]
 TFDS = ["tensorflow-datasets>=4.9.7"]  # reads ArrayRecord without TensorFlow
 LAUNCH = ["google-cloud-tpu>=1.23"]
-TEST = ["pytest>=8.0", "ruff>=0.6", "scipy>=1.11", *DATA, *TFDS, *LAUNCH]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11", *DATA, *TFDS, *LAUNCH]
 TORCH = ["torch>=2.13", "transformers>=5.24", "diffusers>=0.42"]
 # The tests' torch is the CPU build that Python 3.11 can have. Newer Pythons would get gigabytes of CUDA from
 # the default index: there the tests that need torch are skipped, unless somebody installs the torch extra.

@@ -25,18 +25,21 @@ PAIRS = dict(cut="document", merge=0.25)
 
 
 # By chips, see docs/performance.md. Kernels attend and sample, which a TPU has not run yet; the pictures of a
-# row are learned from in two halves, so that the UNet need not be run again.
+# row are learned from in two halves, so that the UNet need not be run again. On v5e two chips share a row, and
+# its pictures.
 SAMPLING = dict(implementation="pallas")
+KERNELS = dict(
+    draw_chunk=15,
+    backbone=dict(synchronizer=SAMPLING, attention="kernels"),
+    tower=dict(clip_adapter=SAMPLING),
+    unet=dict(remat="none", self_attention="kernels"),
+    unet_sync=SAMPLING,
+)
+SHARED = KERNELS | dict(draw_chunk=10, unet=dict(self_attention="kernels"))
 PRESETS = {
-    "v5p-64": dict(
-        model=dict(
-            draw_chunk=15,
-            backbone=dict(synchronizer=SAMPLING, attention="kernels"),
-            tower=dict(clip_adapter=SAMPLING),
-            unet=dict(remat="none", self_attention="kernels"),
-            unet_sync=SAMPLING,
-        )
-    ),
+    "v5p-64": dict(model=KERNELS),
+    "v6e-64": dict(model=KERNELS),
+    "v5e-256": dict(model=SHARED, mesh=dict(sequence=2), data=dict(batch_size=128)),
 }
 
 

@@ -89,9 +89,11 @@ def test_a_config_file_may_take_a_word(config, tmp_path):
 @pytest.mark.parametrize("name", ["chatumm_7b", "chatumm_7b_c", "mm_interleaved_13b"])
 def test_a_flagship_has_presets_for_topologies(name):
     path = f"configs/{name}.py"
-    plain, preset = configs.load(path), configs.load(f"{path}:v5p-64")
-    assert preset.model != plain.model and preset.data.sources == plain.data.sources
-    with pytest.raises(ConfigError, match="no preset for 'v5p-63'; there are v5p-64"):
+    plain = configs.load(path)
+    for chips in ("v5p-64", "v6e-64", "v5e-256"):
+        preset = configs.load(f"{path}:{chips}")
+        assert preset.model != plain.model and preset.data.sources == plain.data.sources
+    with pytest.raises(ConfigError, match="no preset for 'v5p-63'; there are v5p-64, v6e-64, v5e-256"):
         configs.load(f"{path}:v5p-63")
 
 
