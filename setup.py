@@ -31,7 +31,7 @@ TEST_TORCH = [f"torch==2.13.0{OLD}", *(name + OLD for name in TORCH[1:])]
 setup(
     name="umm_jax",
     version=version(),
-    description="Train, evaluate, serve and convert conversational unified multimodal models in JAX",
+    description="Train, evaluate and convert conversational unified multimodal models in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

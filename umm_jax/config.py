@@ -258,7 +258,8 @@ class GroupConfig:
     Attributes:
         match: substrings of the path; an empty list matches everything.
         optimizer: "adamw", "muon" (matrices and convolution kernels; the rest of the group falls to
-            adamw with the same learning rate) or "frozen" (no gradient, no optimizer state).
+            Adam with the same learning rate and is not decayed) or "frozen" (no gradient, no optimizer
+            state).
         lr_scale: multiplies the schedule.
         weight_decay: decoupled, times the learning rate.
         decay_vectors: whether parameters of fewer than two dimensions (counted without the layers axis)
@@ -293,6 +294,18 @@ class OptimConfig:
     muon_ns_steps: int = 4
     clip: float | None = 1.0
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)
+
+    def __post_init__(self):
+        if self.lr <= 0 or self.eps <= 0 or self.warmup < 0 or self.muon_ns_steps < 1:
+            raise ConfigError("lr, eps and muon_ns_steps must be positive, warmup at least 0")
+        if not all(0 <= x < 1 for x in (self.b1, self.b2, self.muon_momentum)):
+            raise ConfigError(
+                f"b1, b2 and muon_momentum are in [0, 1), got {self.b1}, {self.b2}, {self.muon_momentum}"
+            )
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay is a share of the steps, 0 to 1, got {self.decay}")
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"clip must be positive, or null for no clipping; it is {self.clip}")
 
 
 @dataclass(frozen=True)
@@ -341,8 +354,14 @@ class TrainConfig:
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.save_every < 1:
             raise ConfigError("steps, accumulate, log_every and save_every must be positive")
-        if self.keep_every < 0:
-            raise ConfigError(f"keep_every must be 0 or positive, it is {self.keep_every}")
+        if self.keep < 1:
+            raise ConfigError(f"keep must be at least 1, it is {self.keep}")
+        if min(self.keep_every, self.eval_every) < 0:
+            raise ConfigError("keep_every and eval_every must be 0 or positive")
+        if self.eval_every and self.eval_items < 1:
+            raise ConfigError(f"eval_items must be at least 1, it is {self.eval_items}")
+        if self.keep_best and not self.eval_every:
+            raise ConfigError("keep_best needs in-training evaluation: set eval_every")
         if self.keep_best and not re.fullmatch(r"-?[^\s-]\S* [1-9]\d*", self.keep_best):
             raise ConfigError(
                 f'keep_best: expected a name and a number such as "turns 2"; got {self.keep_best!r}'
@@ -421,6 +440,13 @@ class EvalConfig:
     weights: typing.Literal["ema", "raw"] = "raw"
     seed: int = 1_000_003
 
+    def __post_init__(self):
+        if not self.splits:
+            raise ConfigError("splits: name at least one")
+        counts = ("items", "dialogues", "other_items", "batch_size")
+        if low := [name for name in counts if getattr(self, name) < 1]:
+            raise ConfigError(f"{' and '.join(low)} must be at least 1")
+
 
 @dataclass(frozen=True)
 class WorldSection:
@@ -442,7 +468,9 @@ class WorldSection:
 
     def __post_init__(self):
         if self.count < 1:
-            raise ConfigError(f"config.world.count must be at least 1, it is {self.count}")
+            raise ConfigError(f"count must be at least 1, it is {self.count}")
+        if self.after and self.autoencoder:
+            raise ConfigError("after and autoencoder each say what training begins from; leave out one")
 
 
 @dataclass(frozen=True)
@@ -506,14 +534,37 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"{path}: has no get_config()")
         if colon and not inspect.signature(module.get_config).parameters:
             raise ConfigError(f"{path}: its get_config() takes no word, so leave out ':{word}'")
+        if not colon and _needs_a_word(module.get_config):
+            raise ConfigError(f"{path}: its get_config needs a word, as in {path}:WORD")
         raw = module.get_config(word) if colon else module.get_config()
         raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
-    raw = json.loads(json.dumps(raw))
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path}: a config is a mapping, this is a {type(raw).__name__}")
+    try:
+        raw = json.loads(json.dumps(raw))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: a config holds what JSON can: {error}") from None
     # Overrides are checked against the completed tree, so that defaults can be overridden too.
     complete = to_dict(from_dict(RunConfig, raw))
     for text in overrides:
         _override(complete, text)
     return from_dict(RunConfig, complete)
+
+
+def _needs_a_word(function: typing.Callable) -> bool:
+    return any(p.default is p.empty for p in inspect.signature(function).parameters.values())
+
+
+# Fields that hold names of their own: checked by whom they are for, and a name may be absent because it has
+# its default.
+_OPEN = (
+    ("model",),
+    ("data", "axes"),
+    ("data", "align"),
+    ("train", "loss"),
+    ("world", "overrides"),
+    ("world", "autoencoder"),
+)
 
 
 def _override(tree: dict, text: str) -> None:
@@ -535,9 +586,8 @@ def _override(tree: dict, text: str) -> None:
         elif not isinstance(node, dict):
             raise ConfigError(f"{where}: there is nothing below {'.'.join(keys[:i])}")
         elif key not in node:
-            if keys[0] != "model" and keys[:2] not in (["world", "overrides"], ["world", "autoencoder"]):
+            if not any(tuple(keys[: len(name)]) == name for name in _OPEN):
                 raise ConfigError(f"{where}: unknown key{suggest(key, list(node))}")
-            # These are checked by whom they are for: a key may be absent because it has its default.
             node[key] = {}
         if i == len(keys) - 1:
             node[key] = parsed

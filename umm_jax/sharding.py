@@ -99,7 +99,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 
 
 def _works(have: int) -> str:
-    return f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 uses whatever there is ({have} here)"
+    return f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1 mesh.sequence=1 uses whatever there is ({have} here)"
 
 
 def _sizes(config: MeshConfig, have: int, kind: str) -> tuple[int, ...]:

@@ -19,7 +19,11 @@ def add(commands) -> None:
         made.add_argument("--config", help="take the world, and how much of it, from this config")
         made.add_argument("--preset", help="world preset (default: tiny, or that of the config)")
         made.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the preset"
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change one value of the preset; with --from, of data.synthesis.stages.Stages",
         )
         return made
 
@@ -34,8 +38,12 @@ def add(commands) -> None:
         metavar="FOLDER",
         help="compose dialogues from the records of this folder, in stages; can be repeated",
     )
-    p.add_argument("--stages", default="1,2,3", help="with --from: which stages, such as 1,2")
-    p.add_argument("--rewriter", default="template", choices=["template", "openai", "replay"])
+    p.add_argument("--stages", help="with --from: which stages, such as 1,2 (default: 1,2,3)")
+    p.add_argument(
+        "--rewriter",
+        choices=["template", "openai", "replay"],
+        help="with --from: who words questions anew (default: template, which nobody does)",
+    )
     p.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible API, for --rewriter=openai")
     p.add_argument("--model", default="", help="as the endpoint calls it")
     p.add_argument("--key", default="", metavar="NAME", help="environment variable that holds its key")
@@ -163,6 +171,9 @@ def _synthesize(args) -> None:
 
     if args.folders:
         return _compose(args)
+    for name in ("stages", "rewriter", "endpoint", "model", "key", "cache", "budget"):
+        if getattr(args, name) not in (None, "", 0):
+            raise ConfigError(f"--{name} is of --from=FOLDER, which composes other records")
     run, world = _world(args)
     count = args.count or (run and run.world.count)
     if not count:
@@ -183,15 +194,17 @@ def _compose(args) -> None:
     if args.config or args.preset or args.overrides:
         raise ConfigError("--config, --preset and overrides are of the world; --from composes other records")
     try:
-        stages = [int(stage) for stage in args.stages.split(",")]
+        stages = [int(stage) for stage in (args.stages or "1,2,3").split(",")]
     except ValueError:
         raise ConfigError(f"--stages is a list such as 1,2,3, got {args.stages!r}") from None
     settings = from_dict(Stages, {"stages": stages, **set_values(args.set)}, "stages")
     rewriter = None
-    if args.rewriter != "template":
-        if not args.endpoint or not args.model:
+    if args.rewriter not in (None, "template"):
+        if not args.model or (args.rewriter == "openai" and not args.endpoint):
             raise ConfigError(f"--rewriter={args.rewriter} needs --endpoint=URL and --model=NAME")
-        endpoint = rewriters.Endpoint(args.endpoint, args.model, args.key, budget=args.budget)
+        # What is only replayed is asked of nobody.
+        url = args.endpoint or "http://nobody.invalid"
+        endpoint = rewriters.Endpoint(url, args.model, args.key, budget=args.budget)
         kind = rewriters.OpenAIRewriter if args.rewriter == "openai" else rewriters.ReplayRewriter
         rewriter = kind(endpoint, rewriters.Cache(args.cache or f"{args.out.rstrip('/')}.cache"))
     make = Synthesizer(args.folders, settings, rewriter=rewriter, seed=args.seed or 0, split=args.split)

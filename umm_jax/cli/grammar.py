@@ -10,13 +10,20 @@ from umm_jax.config import suggest
 from umm_jax.errors import ConfigError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says an argument's default where its text does not, and there is one."""
+
+    def _get_help_string(self, action):
+        if "(default" in (action.help or "") or action.default in (None, "", [], False):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors: one line, with the nearest name where one was misspelt."""
 
     def __init__(self, **options):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str):
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -46,6 +53,13 @@ def natural(text: str) -> int:
     """A type of arguments."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A type of arguments; 0 is any free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 

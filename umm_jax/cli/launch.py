@@ -113,10 +113,14 @@ def _topology(args):
 
 
 def _made(args):
-    from umm_jax import config
+    from umm_jax import config, families
     from umm_jax.launch.job import Job
+    from umm_jax.world.scene import WorldConfig
 
-    config.load(args.config, args.overrides)  # A mistake in it is cheaper here than there.
+    # A mistake in it is cheaper here than there.
+    run = config.load(args.config, args.overrides)
+    config.from_dict(families.get(run.family).config.ModelConfig, run.model, "config.model")
+    WorldConfig.preset(run.world.preset, **run.world.overrides)
     odd = next((text for text in args.env if "=" not in text), None)
     if odd is not None:
         raise ConfigError(f"--env={odd}: expected KEY=VALUE")

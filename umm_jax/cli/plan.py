@@ -57,6 +57,9 @@ def _plan(args) -> None:
 
     run = config.load(args.config, args.overrides)
     topology = None if args.topology == "local" else chips.topology(args.topology, args.slices)
+    pages = [f"--{name}" for name in ("json", "html") if getattr(args, name)]
+    if pages and args.placements or args.html and args.sweep:
+        raise ConfigError(f"{pages[-1]}: {'--placements' if args.placements else '--sweep'} only prints")
     if args.placements:
         import jax
 

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from umm_jax.cli.grammar import command
+from umm_jax.cli.grammar import command, port
 from umm_jax.errors import ConfigError
 
 MOST = 1 << 20  # characters of an answer
@@ -31,7 +31,7 @@ def add(commands) -> None:
     p = command(commands, "experts", _experts, "List the experts that are installed, and what they do.")
     p.add_argument("--serve", metavar="NAME", help="answer for this one over HTTP, see --expert")
     p.add_argument("--host", default="127.0.0.1", help="with --serve (default: this machine only)")
-    p.add_argument("--port", type=int, default=8400, help="with --serve (default: 8400)")
+    p.add_argument("--port", type=port, default=8400, help="with --serve (default: 8400)")
 
 
 def expert_address(parser) -> None:

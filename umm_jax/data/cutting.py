@@ -11,7 +11,7 @@ of T = 18; the eighteenth token lies in the second image::
     <*####....>                               whole = "document": up to the document whose image does not
     <....*####><*####.                        fit; words after an image may still be cut off from it
 
-Text is cut anywhere, an image never (docs/mm_interleaved.md section 8). Like the rest of packing this knows
+Text is cut anywhere, an image never (docs/data.md). Like the rest of packing this knows
 no family: where an image lies is read from the features that refer to it, where a document begins from the
 Streams themselves.
 """
@@ -26,7 +26,7 @@ from umm_jax.conversation import Conversation
 from umm_jax.errors import DataError
 from umm_jax.stream import Stream, StreamSpec, stream_length
 
-MERGED = (2, 8)  # documents that become one, at least and at most (docs/mm_interleaved.md section 8)
+MERGED = (2, 8)  # documents that become one, at least and at most
 
 
 @dataclass(frozen=True)

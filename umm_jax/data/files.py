@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def finish(temporary: Path, final: Path) -> None:
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Writes a whole file or leaves what was there. Raises StorageError."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    # Others may be writing the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     with storage_errors(path):
         try:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -228,7 +228,11 @@ class Gate:
         theirs.close()
         self._ending = weakref.finalize(self, _end, self._process, self._pipe)
         # Starting takes a second or more on a busy machine, and is nobody's picture's fault.
-        if not self._pipe.poll(60) or self._pipe.recv_bytes() != b"ready":
+        try:
+            ready = self._pipe.poll(60) and self._pipe.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
             self.close()
             raise DataError("the process that decodes pictures did not start; is there memory for it?")
 

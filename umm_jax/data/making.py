@@ -302,13 +302,20 @@ def _parallel(make: Make, jobs: dict[int, tuple], workers: int, total: Total) ->
 
 def _worker(make: Make, pipe: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    try:
-        while True:
+    while True:
+        try:
             _, job = pipe.recv()
-            pipe.send(write_shard(make, job, pipe.send))
-    except (EOFError, ConnectionError):
-        return
-    except UserError as error:
-        pipe.send(error)
-    except Exception:
-        pipe.send(RuntimeError(f"in a worker:\n{traceback.format_exc()}"))
+        except (EOFError, ConnectionError):
+            return  # the parent is gone, or wants no more
+        try:
+            said = write_shard(make, job, pipe.send)
+        except UserError as error:
+            said = error
+        except Exception:
+            said = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
+        try:
+            pipe.send(said)
+        except ConnectionError:
+            return
+        if isinstance(said, Exception):
+            return

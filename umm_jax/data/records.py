@@ -135,10 +135,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "no such data folder"
-        raise DataError(f"{folder}: {reason}; make one with `umm data synthesize --out={folder}`")
+        raise DataError(f"{folder}: {reason}; make one with `umm data synthesize --count=N --out={folder}`")
     if not any(folder.iterdir()):
         raise DataError(
-            f"{folder}: the data folder is empty; fill it with `umm data synthesize --out={folder}`"
+            f"{folder}: the data folder is empty; fill it with `umm data synthesize --count=N --out={folder}`"
         )
     if not (folder / MANIFEST).exists():
         if (folder / UNFINISHED).exists():

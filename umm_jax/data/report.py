@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from umm_jax.conversation import Conversation, Image, Text
-from umm_jax.data.files import write_atomic
+from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.data.likeness import overlap
 from umm_jax.data.quarantine import FILE
 from umm_jax.data.records import RecordSource, open_source
@@ -54,7 +54,8 @@ def write(
         }
     report["rejects"] = _rejects(Path(folder) / FILE, seed)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     samples = random.Random(seed).sample(records, min(SAMPLES, len(records)))
     write_atomic(out / "report.html", page(report, samples, str(folder)))

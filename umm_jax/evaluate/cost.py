@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from umm_jax.data.files import write_atomic
-from umm_jax.errors import Interrupted
+from umm_jax.errors import DataError, Interrupted
 
 FILE = "cost.json"
 
@@ -16,7 +16,12 @@ FILE = "cost.json"
 def read(workdir: str | Path) -> dict[str, dict[str, float]]:
     """{stage: {"seconds", "peak_memory_bytes"}} of a run so far; empty where nothing was recorded."""
     path = Path(workdir) / FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and its costs are forgotten") from None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from umm_jax import config as configs
 from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.data.files import storage_errors, write_atomic
+from umm_jax.errors import DataError
 from umm_jax.evaluate.report import HEADLINE
 from umm_jax.evaluate.world_expert import world_executor
 from umm_jax.families.contract import Replier
@@ -222,8 +223,12 @@ class Store:
             try:
                 stored = json.loads(path.read_text())
                 samples = msgpack.unpackb((folder / "samples.msgpack").read_bytes())
-            except (OSError, ValueError):
-                return
+            except FileNotFoundError:
+                return  # killed before the first samples were written
+            except Exception as error:  # msgpack raises many kinds
+                raise DataError(
+                    f"{folder}: cannot be read ({error}); --again judges everything anew"
+                ) from None
             known = ("step", "weights", "settings")
             if all(stored.get(key) == self.results[key] for key in known):
                 self.results |= {"splits": stored["splits"], "done": stored["done"]}

@@ -21,6 +21,12 @@ def box_pieces(kind: BoxFormat, bins: int) -> list[str]:
     return ["<box>", "</box>", *(f"<loc{i}>" for i in range(bins + 1))] if kind == "loc" else []
 
 
+def in_letters(xyxy: Sequence[float]) -> str:
+    """Corners in thousandths, as ``(012,000)(999,500)``."""
+    x1, y1, x2, y2 = (min(int(v * 1000), 999) for v in xyxy)
+    return f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
+
+
 class Boxes:
     """Parts of a text to ids and back.
 
@@ -42,8 +48,7 @@ class Boxes:
     def encode(self, box: Box) -> list[int]:
         """Ids of a box."""
         if self.kind == "text":
-            x1, y1, x2, y2 = (min(int(v * 1000), 999) for v in box.xyxy)
-            corners = f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
+            corners = in_letters(box.xyxy)
             if self.tags is None:
                 return self.tokenizer.encode(f"<box>{corners}</box>")
             return [self.tags[0], *self.tokenizer.encode(corners), self.tags[1]]

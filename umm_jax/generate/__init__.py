@@ -45,7 +45,7 @@ def load_run(run_dir: str | Path, step: int | None = None, weights: str | None =
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: no run here (no config.json); train one: umm train --workdir={folder}"
+            f"{folder}: no run here (no config.json); train one: umm train --config=FILE --workdir={folder}"
         )
     from umm_jax import families
     from umm_jax.data.tokenizer import Tokenizer

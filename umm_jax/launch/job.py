@@ -41,6 +41,11 @@ class Job:
             raise ConfigError(
                 f"--name={self.name!r}: lower case, digits and dashes, a letter first, at most 40 characters"
             )
+        if "://" in self.workdir:
+            raise ConfigError(
+                f"--workdir={self.workdir}: a run is written to a folder; mount the bucket on every machine "
+                "(gcsfuse) and give the path it is mounted at"
+            )
         for key in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 raise ConfigError(f"--env: {key!r} is no name of a variable")

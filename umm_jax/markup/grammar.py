@@ -38,7 +38,7 @@ from umm_jax.markup.dialects import Dialect
 from umm_jax.markup.tasks import SEGMENTING, TASKS
 
 MAX_CALLS = 8
-# In strict mode these reject the call they are in; those of _ERRORS make the answer as a whole unsound.
+# What is left out of an answer and rejects no call; those of _ERRORS make the answer as a whole unsound.
 _LEFT_OUT = ("STRAY_CLOSE", "EMPTY_CALL")
 _ERRORS = ("UNKNOWN_TAG", "ALIAS", "BARE_SEG", "SEG_WRONG_CALL")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from umm_jax.markup.grammar import Answer, Call
-from umm_jax.markup.tasks import SEGMENTING, TASKS
+from umm_jax.markup.tasks import TASKS
 
 
 class Source(NamedTuple):
@@ -88,11 +88,6 @@ def _source(
 def gives(call: Call) -> str:
     """Kind of what a call gives."""
     return TASKS[call.task].gives
-
-
-def takes_mask(call: Call) -> bool:
-    """Whether the call needs a mask's hidden state to be done as it was meant."""
-    return bool(call.masks) or call.task in SEGMENTING
 
 
 def waves(steps: Sequence[Step]) -> list[list[int]]:

@@ -89,12 +89,9 @@ def attend(
         [B, T, N, H] in the dtype of `q`.
 
     Raises:
-        ValueError: an unknown implementation.
+        ConfigError: an unknown implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    require_known(implementation)
     q, k, v = split_rows(q, k, v)
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]

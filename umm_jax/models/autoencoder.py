@@ -100,11 +100,14 @@ class Posterior(NamedTuple):
             return self.mean
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise.astype(self.mean.dtype)
 
-    def kl(self) -> jax.Array:
-        """KL divergence from the standard normal in nats, summed over each image: [B]."""
+    def kl(self, real: jax.Array | None = None) -> jax.Array:
+        """KL divergence from the standard normal in nats, summed over each image: [B].
+
+        `real` [B, h', w', 1] is 1 where there is a picture; None is everywhere.
+        """
         mean, log_variance = self.mean.astype(jnp.float32), self.log_variance.astype(jnp.float32)
         terms = mean**2 + jnp.exp(log_variance) - 1 - log_variance
-        return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+        return 0.5 * jnp.sum(terms if real is None else terms * real, axis=(1, 2, 3))
 
 
 class Downsample(nnx.Module):
@@ -245,21 +248,31 @@ class KLAutoencoder(nnx.Module):
         return self.decoder(latents if self.post_quant is None else self.post_quant(latents), real)
 
     @part("autoencoder")
-    def losses(self, pixels: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def losses(
+        self, pixels: jax.Array, key: jax.Array | None, size: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean absolute error plus ``kl_weight`` times KL per pixel value, of each image.
 
         Args:
             pixels: [B, h, w, 3] in [-1, 1].
             key: for the posterior sample; None uses the mean.
+            size: [B, 2] in pixels, multiples of the factor: what lies beyond it on its canvas is no part.
 
         Returns:
             the losses, and their parts ``l1`` and ``kl`` (nats per pixel value), float32 [B] each.
         """
-        posterior = self.posterior(pixels)
+        posterior = self.posterior(pixels, size)
         noise = None if key is None else jax.random.normal(key, posterior.mean.shape, posterior.mean.dtype)
-        error = jnp.abs(self._decode(posterior.sample(noise)) - pixels).astype(jnp.float32)
-        l1 = jnp.mean(error, axis=(1, 2, 3))
-        kl = posterior.kl() / pixels[0].size
+        latents = posterior.sample(noise)
+        within = None if size is None else _real(latents, size // self.config.factor)
+        error = jnp.abs(self._decode(latents, within) - pixels).astype(jnp.float32)
+        if size is None:
+            l1 = jnp.mean(error, axis=(1, 2, 3))
+            kl = posterior.kl() / pixels[0].size
+        else:
+            values = jnp.maximum(jnp.prod(size, axis=-1), 1) * pixels.shape[-1]
+            l1 = jnp.sum(error * _real(pixels, size), axis=(1, 2, 3)) / values
+            kl = posterior.kl(within) / values
         return l1 + self.config.kl_weight * kl, {"l1": l1, "kl": kl}
 
 
@@ -279,7 +292,7 @@ class IdentityAutoencoder(nnx.Module):
         """Latents [B, h, w, 3] -> pixels."""
         return latents / self.config.latent_scale + self.config.shift
 
-    def losses(self, pixels: jax.Array, key: jax.Array | None):
+    def losses(self, pixels: jax.Array, key: jax.Array | None, size: jax.Array | None = None):
         """Raises ConfigError: there is nothing to train."""
         raise ConfigError(
             "the identity autoencoder has nothing to train; choose kind='kl' or train the model"

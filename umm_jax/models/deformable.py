@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from umm_jax.errors import ConfigError
 from umm_jax.models import deformable_pallas as pallas
 from umm_jax.models import deformable_rows as rows
 from umm_jax.models.layers import is_plain
@@ -76,7 +77,7 @@ def sample(
         )
     if implementation not in ("auto", *_IMPLEMENTATIONS):
         known = ", ".join(("auto", *_IMPLEMENTATIONS))
-        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {known}")
+        raise ConfigError(f"implementation {implementation!r} is unknown; choose one of {known}")
     values, locations, weights = split_rows(values, locations, weights)
     # Positions keep float32: bfloat16 cannot tell neighbouring pixels of a 64-pixel side apart.
     return _sample(values, locations.astype(jnp.float32), weights, tuple(shapes), implementation)

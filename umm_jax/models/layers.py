@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from umm_jax.errors import ConfigError
+
 Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -425,7 +427,7 @@ def checkpoint_policy(name: str):
         ),
     }
     if name not in policies:
-        raise ValueError(f"remat policy {name!r} is unknown; choose one of none, {', '.join(policies)}")
+        raise ConfigError(f"remat policy {name!r} is unknown; choose one of none, {', '.join(policies)}")
     return policies[name]
 
 
@@ -468,5 +470,5 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
         "quick_gelu": lean(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     }
     if name not in functions:
-        raise ValueError(f"activation {name!r} is unknown; choose one of {', '.join(functions)}")
+        raise ConfigError(f"activation {name!r} is unknown; choose one of {', '.join(functions)}")
     return functions[name]

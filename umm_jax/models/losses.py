@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from umm_jax.errors import ConfigError
 from umm_jax.models.layers import is_plain, part, remade
 from umm_jax.sharding import constrain
 
@@ -77,7 +78,7 @@ def token_losses(
     if chunk is None or chunk >= t:
         return whole(hidden, targets)
     if t % chunk:
-        raise ValueError(f"chunk {chunk} does not divide {t} tokens")
+        raise ConfigError(f"loss_chunk={chunk} does not divide rows of {t} tokens")
 
     def split(a):
         return jnp.moveaxis(a.reshape(b, t // chunk, chunk, *a.shape[2:]), 1, 0)

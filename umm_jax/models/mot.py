@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from umm_jax.errors import ConfigError
 from umm_jax.models import layers as L
 from umm_jax.models.attention import Mask, attend, merge_heads
 from umm_jax.models.backbone import BackboneConfig, Cache, Layer
@@ -47,6 +48,11 @@ class MixtureConfig(BackboneConfig):
     qk_norm: bool = True
     qkv_bias: bool = True
     freeze_understanding: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experts is not None or self.synchronizer is not None:
+            raise ConfigError("mixture: a mixture of transformers has no experts and no synchronizer")
 
 
 class MixtureLayer(nnx.Module):

@@ -99,7 +99,8 @@ def topology(name: str, slices: int = 1) -> Topology:
     """What a name such as ``v5p:4x4x4`` means.
 
     Raises:
-        ConfigError: an unknown chip, a shape that it is not built in, or no number of slices.
+        ConfigError: an unknown chip, a shape of other than its dimensions or of too many chips, or no
+            number of slices.
     """
     examples = "v5e:4x4, v5p:4x4x4, v6e:16x16"
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,10 @@ _NOT_OF_TRAINING = (
     "log_every",
     "save_every",
     "keep",
+    "keep_every",
+    "keep_best",
+    "spike",
+    "profile",
     "hang_minutes",
     "eval_every",
     "eval_items",
@@ -90,6 +95,7 @@ def compiled(run: RunConfig, topology: Topology | None, *, quick: bool = False) 
         with gzip.open(folder / "train.txt.gz", "rt") as file:
             program = hlo.parse(file.read())
     elif "needs" not in facts:
+        shutil.rmtree(folder)  # it may be the machine's fault, and compile another time
         raise UserError(f"the compiler refused the program: {facts['error'].strip().splitlines()[0]}")
     return Compiled(facts, work, program, known)
 
@@ -112,7 +118,11 @@ def _key(request: dict[str, Any]) -> str:
     if request["topology"]:
         versions.append(importlib.metadata.version("libtpu"))
     asked = [request[name] for name in ("topology", "slices", "quick")]
-    said = json.dumps([config, asked, versions, _code()], sort_keys=True)
+    # What else a compiler goes by, and for the devices here, where that is.
+    flags = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+    if request["topology"] is None:
+        flags |= {"host": platform.node(), "devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    said = json.dumps([config, asked, versions, flags, _code()], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 

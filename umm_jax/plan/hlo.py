@@ -15,6 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
+from umm_jax.errors import UserError
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -83,6 +85,14 @@ class Instruction:
         return int(found[1]) if found else None
 
     @property
+    def results(self) -> tuple[Array, ...]:
+        """`arrays`, without the operands that what begins an operation names beside them."""
+        if not self.opcode.endswith("-start") or len(self.arrays) < 2:
+            return self.arrays
+        at = {"copy-start": slice(0, 1), "collective-permute-start": slice(1, 2)}
+        return self.arrays[at.get(self.opcode, slice(len(self.arrays) // 2, None))]
+
+    @property
     def op_name(self) -> str:
         """Where it comes from in the traced program, such as ``jit(step)/jvp()/while/body/dot_general``."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
@@ -142,7 +152,7 @@ class Collective:
     source: str = ""
 
 
-class Unreadable(ValueError):
+class Unreadable(UserError):
     """The text holds what this reader does not know."""
 
 
@@ -320,10 +330,7 @@ class Program:
             groups = _groups(one)
             size = groups.shape[1]
             given = sum(a.bytes for n in one.operands for a in computation.by_name[n].arrays)
-            arrays = one.arrays
-            if one.opcode.endswith("-start") and len(arrays) > 1:
-                arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
-            taken = sum(a.bytes for a in arrays)
+            taken = sum(a.bytes for a in one.results)
             large = max(given, taken)
             found[key] = Collective(
                 one.name, kind, large, _moved(kind, large, size), groups, count, one.op_name, self.source(one)

@@ -95,11 +95,11 @@ def _walk(program: Program, name: str) -> tuple[list[int], list[Buffer]]:
     for k, one in enumerate(computation.instructions):
         if one.opcode in _NAMES or one.opcode in _NOTHING:
             continue
-        size = sum(a.bytes for a in one.arrays if a.space == 0)
+        size = sum(a.bytes for a in one.results if a.space == 0)
         if not size or _in_place(one):
             continue
         end = dies.get(one.name, k)
-        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in one.arrays if a.space == 0)
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in one.results if a.space == 0)
         buffers.append(Buffer(size, shapes, one.op_name, program.source(one), k, end))
         change[k] += size
         change[end + 1] -= size

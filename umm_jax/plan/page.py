@@ -29,7 +29,7 @@ def page(found: Report) -> str:
     """The page, whole: nothing is loaded from elsewhere."""
     said = html.escape("\n".join(lines(found)))
     parts = [f"<h1>{html.escape(found.facts['program'])} on {html.escape(found.topology)}</h1>"]
-    parts.append("<p>Compiled for devices that are not there. Times are estimates, not measurements.</p>")
+    parts.append("<p>Compiled, not run. Times are estimates, not measurements.</p>")
     parts.append(f"<pre>{said}</pre>")
     if found.replay is not None and found.replay.timeline:
         parts += ["<h2>Memory along the step</h2>", _timeline(found)]

@@ -1,12 +1,14 @@
 """What a step would take at the peak of its devices: the denominator of a run's utilisation."""
 
 import dataclasses
+import sys
 
 import jax
 
 from umm_jax.config import MeshConfig, RunConfig
 from umm_jax.plan.chips import CHIPS
 from umm_jax.plan.counting import model_flops
+from umm_jax.plan.hlo import Unreadable
 from umm_jax.plan.steps import train_step
 
 # bfloat16 FLOP/s of a device as JAX names its kind. GPUs: dense, as NVIDIA's data sheets say of the SXM form.
@@ -31,5 +33,9 @@ def ideal_seconds(run: RunConfig, devices: int) -> float | None:
     if peak is None or run.train.objective != "model":
         return None
     one = dataclasses.replace(run, mesh=MeshConfig(1, 1, 1))
-    work = model_flops(train_step(one, jax.devices()[:1]))
+    try:
+        work = model_flops(train_step(one, jax.devices()[:1]))
+    except Unreadable as error:
+        print(f"mfu       is not told: {error}", file=sys.stderr)
+        return None
     return sum(part.total for part in work.values()) / (peak * devices)

@@ -40,10 +40,10 @@ class Diffusers:
     """
 
     def __init__(self, model: str | None = None, **options: Any):
+        name = _model("UMM_DIFFUSERS_MODEL", "a pipeline of diffusers", "diffusers", model)
         import torch
         from diffusers import DiffusionPipeline
 
-        name = _model("UMM_DIFFUSERS_MODEL", "a pipeline of diffusers", "diffusers", model)
         try:
             self.pipeline = DiffusionPipeline.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -80,10 +80,10 @@ class Sam:
     """SAM or SAM 2: the mask of what lies in a box. It knows no words: a call without a box is beyond it."""
 
     def __init__(self, model: str | None = None):
+        name = _model("UMM_SAM_MODEL", "a SAM or SAM 2 of transformers", "transformers", model)
         import torch
         from transformers import AutoConfig
 
-        name = _model("UMM_SAM_MODEL", "a SAM or SAM 2 of transformers", "transformers", model)
         try:
             kind = AutoConfig.from_pretrained(name).model_type
             self.model, self.processor = _sam(kind, name)

@@ -6,6 +6,7 @@ pass is in ``conformance.py``.
 """
 
 import importlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -58,13 +59,18 @@ _FORMS = {
 }
 
 
+def _is_box(found: Any) -> bool:
+    numbers = isinstance(found, tuple) and all(isinstance(v, (int, float, np.number)) for v in found)
+    return numbers and len(found) == 4 and all(0 <= v <= 1 for v in found)
+
+
 def flaw(medium: Any, most: int) -> str:
     """What is wrong with a medium that an expert gave; "" where nothing is. `most` numbers may it hold."""
     if not isinstance(medium, Medium):
         return f"a {type(medium).__name__} in place of a Medium"
     if medium.kind == "boxes":
         boxes = medium.value
-        good = isinstance(boxes, tuple) and all(len(b) == 4 and all(0 <= v <= 1 for v in b) for b in boxes)
+        good = isinstance(boxes, tuple) and all(map(_is_box, boxes))
         return "" if good else "boxes that are not tuples of four shares"
     if medium.kind not in _FORMS:
         return f"a medium of unknown kind {str(medium.kind)[:80]!r}"
@@ -162,12 +168,32 @@ class Expert(Protocol):
         """Gives up what it holds."""
 
 
+def _loaded(name: str, place: EntryPoint | str) -> Expert:
+    """Raises ConfigError: it cannot be loaded, or is no expert."""
+    try:
+        if isinstance(place, str):
+            module, _, attribute = place.partition(":")
+            made = getattr(importlib.import_module(module), attribute)()
+        else:
+            made = place.load()()
+    except ConfigError as error:
+        raise ConfigError(f"expert {name!r}: {error}") from None
+    except Exception as error:  # other people's code
+        raise ConfigError(f"expert {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not isinstance(made, Expert) or not isinstance(made.spec, Spec):
+        raise ConfigError(f"expert {name!r}: {type(made).__name__} is no Expert (spec, run, close)")
+    return made
+
+
 @dataclass
 class Registry:
     """Experts by name, made when first asked for."""
 
     places: Mapping[str, EntryPoint | str] = field(default_factory=dict)
     _made: dict[str, Expert] = field(default_factory=dict)
+    _failed: dict[str, ConfigError] = field(default_factory=dict)
+    # Steps of a plan ask at the same time; a model is loaded once.
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @classmethod
     def installed(cls) -> "Registry":
@@ -184,27 +210,19 @@ class Registry:
         return sorted({*self.places, *self._made})
 
     def get(self, name: str) -> Expert:
-        """Raises ConfigError where there is none of this name, or it cannot be loaded."""
-        if name not in self._made:
-            if name not in self.places:
-                raise ConfigError(f"expert {name!r} is unknown{suggest(name, self.names)}")
-            place = self.places[name]
-            try:
-                if isinstance(place, str):
-                    module, _, attribute = place.partition(":")
-                    made = getattr(importlib.import_module(module), attribute)()
-                else:
-                    made = place.load()()
-            except ConfigError as error:
-                raise ConfigError(f"expert {name!r}: {error}") from None
-            except Exception as error:  # other people's code
-                raise ConfigError(
-                    f"expert {name!r} cannot be loaded: {type(error).__name__}: {error}"
-                ) from None
-            if not isinstance(made, Expert) or not isinstance(made.spec, Spec):
-                raise ConfigError(f"expert {name!r}: {type(made).__name__} is no Expert (spec, run, close)")
-            self._made[name] = made
-        return self._made[name]
+        """Raises ConfigError where there is none of this name, or it cannot be loaded, now or before."""
+        with self._lock:
+            if name in self._failed:
+                raise self._failed[name]
+            if name not in self._made:
+                if name not in self.places:
+                    raise ConfigError(f"expert {name!r} is unknown{suggest(name, self.names)}")
+                try:
+                    self._made[name] = _loaded(name, self.places[name])
+                except ConfigError as error:
+                    self._failed[name] = error
+                    raise
+            return self._made[name]
 
     def chain(self, task: str, chosen: Sequence[str] = ()) -> list[Expert]:
         """Those who do a task, the chosen ones first, then by priority and name."""

@@ -3,9 +3,12 @@
 umm chat --run=runs/unified --experts --drawn-by=runs/chatumm
 """
 
+from dataclasses import replace
+
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Text, Turn
 from umm_jax.errors import UserError
+from umm_jax.families.boxes import in_letters
 from umm_jax.families.contract import Replier
 from umm_jax.router.experts import ExpertError, Medium, Request, Result, Spec, pasted
 
@@ -33,14 +36,7 @@ class Drawing:
         priority: int = 10,
     ):
         self.replier, settings = replier, settings or ReplySettings()
-        self.settings = ReplySettings(
-            mode="image",
-            max_images=1,
-            max_tokens=settings.max_tokens,
-            image_steps=settings.image_steps,
-            guidance=settings.guidance,
-            image_guidance=settings.image_guidance,
-        )
+        self.settings = replace(settings, mode="image", max_images=1)
         self.spec = Spec(name, version, _TASKS, priority=priority)
 
     def run(self, request: Request) -> Result:
@@ -64,15 +60,9 @@ class Drawing:
         words = [request.prompt] if request.prompt else []
         for phrase, boxes in request.objects if request.task == "layout_gen" else ():
             for box in boxes or (None,):
-                words.append(phrase if box is None else f"{phrase} at {_spelt(box)}")
+                words.append(phrase if box is None else f"{phrase} at {in_letters(box)}")
         return " , ".join(words)
 
     def close(self) -> None:
         """Its parameters go with it."""
         self.replier.params = None
-
-
-def _spelt(box) -> str:
-    """A box in thousandths, as the families that write boxes in letters do."""
-    x0, y0, x1, y1 = (min(round(v * 1000), 999) for v in box)
-    return f"({x0:03d},{y0:03d})({x1:03d},{y1:03d})"

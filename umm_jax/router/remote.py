@@ -8,12 +8,14 @@ PyTorch beside JAX on one accelerator takes its memory: such experts run in a pr
 """
 
 import hashlib
+import http.client
 import http.server
 import json
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from umm_jax.errors import ConfigError, DataError
@@ -48,12 +50,18 @@ class Remote:
     def __init__(
         self, url: str, *, seconds: float = 60.0, tries: int = 3, pause: float = 0.5, priority: int = 20
     ):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+        except ValueError:
+            good = False
+        if not good:
             raise ConfigError(f"an expert's address is an http or https URL, got {url!r}")
         self.url, self.seconds, self.tries, self.pause = url.rstrip("/"), seconds, tries, pause
         try:
             found = self._ask("/v1/expert", None)
+            if not isinstance(found, Mapping) or not found.get("name"):
+                raise ConfigError(f"{url}: no expert: it does not say its name")
             names = {
                 "tasks": frozenset,
                 "needs_box": frozenset,
@@ -97,7 +105,7 @@ class Remote:
                 why = _reason(error)
                 if error.code < 500:
                     raise ExpertError(why) from None
-            except (OSError, urllib.error.URLError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
             except ValueError:
                 raise ExpertError("answered with what is no JSON") from None

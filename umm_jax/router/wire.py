@@ -9,7 +9,6 @@ wire is not trusted: sizes are bounded before anything is decoded.
 """
 
 import base64
-import binascii
 import io
 import wave
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from umm_jax.router.experts import Medium, Request, Result, flaw
 from umm_jax.router.saving import RATE, encoded
 
 NUMBERS = 50_000_000  # of one medium
+_BOMB = PIL.Image.DecompressionBombError
 _MIME = {".png": "image/png", ".wav": "audio/wav"}
 
 
@@ -51,7 +51,7 @@ def medium_from_json(found: Any) -> Medium:
         try:
             data = base64.b64decode(found["b64"], validate=True)
             medium = Medium(kind, _decoded(kind, data))
-        except (binascii.Error, ValueError, OSError, EOFError, wave.Error, SyntaxError) as error:
+        except (ValueError, OSError, EOFError, wave.Error, SyntaxError, _BOMB) as error:
             raise DataError(f"{kind}: cannot be decoded: {error}") from None
     if wrong := flaw(medium, NUMBERS):
         raise DataError(wrong)
@@ -95,7 +95,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
 
 def request_from_json(found: Any) -> Request:
     """Raises DataError for what is no request."""
-    if not isinstance(found, Mapping) or found.get("task") not in TASKS:
+    if not isinstance(found, Mapping) or not isinstance(found.get("task"), str) or found["task"] not in TASKS:
         raise DataError(f"a request has a task of {', '.join(TASKS)}")
     if not isinstance(found.get("prompt", ""), str) or not isinstance(found.get("seed", 0), int):
         raise DataError("a prompt is a text, a seed a whole number")
@@ -110,6 +110,8 @@ def request_from_json(found: Any) -> Request:
     if not isinstance(inputs, list) or len(inputs) > 1:
         raise DataError("inputs is a list of one medium, or of none")
     region = found.get("region")
+    if region is not None and not isinstance(region, Mapping):
+        raise DataError("region is a mask, or null")
     return Request(
         found["task"],
         found.get("prompt", ""),

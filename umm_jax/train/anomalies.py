@@ -15,6 +15,7 @@ import io
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from flax import nnx
 
 from umm_jax import families, sharding
 from umm_jax.config import MeshConfig
-from umm_jax.errors import CheckpointError, UserError
+from umm_jax.errors import CheckpointError, StorageError, UserError
 from umm_jax.train.checkpoint import Checkpoints, load_params
 from umm_jax.train.optimizer import flatten, unflatten
 from umm_jax.train.state import abstract_params
@@ -99,7 +100,9 @@ class Watch:
 
 
 def write(workdir: Path, step: int, batch: Any, about: Mapping[str, Any]) -> Path | None:
-    """Keeps this process's rows of a batch and what is known of its step; None where DUMPS are kept already.
+    """Keeps this process's rows of a batch and what is known of its step.
+
+    None where DUMPS are kept already, or the disk refuses, which is said.
 
     Args:
         batch: nested dict of numpy arrays.
@@ -109,11 +112,15 @@ def write(workdir: Path, step: int, batch: Any, about: Mapping[str, Any]) -> Pat
     folder = workdir / FOLDER
     if len(list(folder.glob("*.npz"))) >= DUMPS * jax.process_count():
         return None
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step}-{jax.process_index()}.npz"
     file = io.BytesIO()
     np.savez_compressed(file, about=json.dumps({"step": step, **about}), **flatten(batch))
-    write_atomic(path, file.getvalue())
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomic(path, file.getvalue())
+    except (OSError, StorageError) as error:
+        print(f"ALARM     {path}: {error}; the batch of step {step} is not kept", file=sys.stderr, flush=True)
+        return None
     return path
 
 

@@ -37,6 +37,8 @@ from umm_jax.versions import versions
 
 # How a disk says no, in errno and in the words of the storage library.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# As disks say that are mounted from elsewhere.
+_REFUSALS |= {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 _WORDS = (
     "No space left",
     "File too large",
@@ -166,7 +168,11 @@ class Checkpoints:
         # A full disk is found before anything is written where the file system can be asked.
         need = int(1.05 * sum(a.nbytes for a in jax.tree.leaves(state))) + (1 << 20)
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else need
-        if free < need:
+        # All processes save, or none: the others would wait for the one that does not.
+        short = free < need
+        if jax.process_count() > 1:
+            short = bool(multihost_utils.process_allgather(np.bool_(short)).any())
+        if short:
             raise StorageError(
                 f"{self.directory}: a checkpoint needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
                 f"{self._remaining()}"
@@ -193,7 +199,6 @@ class Checkpoints:
             CheckpointError: no checkpoint, another model's, or another optimizer's.
         """
         step = self.choose(step, config)
-        state = self._read(step, abstract, partial=False)
         saved = self._manager.restore(step, args=ocp.args.Composite(iterator=ocp.args.JsonRestore()))
         processes = saved.iterator["processes"]
         if len(processes) != jax.process_count():
@@ -202,7 +207,7 @@ class Checkpoints:
                 f"the data do not divide over {jax.process_count()}; use as many, or start another run "
                 "with train.init_from"
             )
-        return state, processes[jax.process_index()]
+        return self._read(step, abstract, partial=False), processes[jax.process_index()]
 
     def notes(self, step: int | None = None) -> Mapping[str, Any]:
         """The `notes` given to :meth:`save`."""

@@ -54,7 +54,8 @@ class Lock:
     def _keep(self) -> None:
         while not self._stop.wait(self.beat):
             found = read(self.path)
-            if found is not None and found.get("job") != self.job:
+            # What cannot be read says nothing: a disk that is away for a moment is no other job.
+            if found and found.get("job") != self.job:
                 self.lost.set()
                 return
             self._beats += 1

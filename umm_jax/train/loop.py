@@ -33,6 +33,11 @@ from umm_jax.train.profile import Profile
 from umm_jax.train.step import make_step
 from umm_jax.train.watchdog import Watchdog
 
+TOKENIZER = "tokenizer.model"
+# Several processes stop at the same step, for which they ask each other: after about so many seconds. Whoever
+# preempts them waits for longer (launch.job.Job.grace).
+ASKED = 30.0
+
 # What a run may change when it is continued: how long, how often, where; not what a step computes. (A longer
 # run has a longer schedule: its rate goes on from where the new one stands at this step.)
 CHANGEABLE = (
@@ -176,7 +181,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
     meter, clock, progress = Meter(judge), Clock(started), Progress(first, run.train.steps)
     watch = anomalies.Watch(run.train.anomaly, run.train.spike, meter.ahead, losses)
     profile = Profile(run.train.profile, workdir / "profile")
-    logged, recent, backs = step, {}, Counter()
+    logged, recent, backs, asked_every, wanted = step, {}, Counter(), 1, _best_by(run)
 
     watchdog = Watchdog(
         run.train.hang_minutes and 60 * run.train.hang_minutes, workdir, str(jax.process_index())
@@ -235,6 +240,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
         backs[back] += 1
         if backs[back] > anomalies.PATIENCE:
             raise UserError(f"{why}, after {backs[back] - 1} times back to step {back}: training stopped")
+        state = None  # there may be no room for two
         state, _ = checkpoints.restore(plan.abstract, identity)
         clock.undo(logged - back)
         log.close()
@@ -259,7 +265,7 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
                 watchdog.alive(f"step {max(step - meter.ahead, 1)}")
                 last = step == run.train.steps
                 log_now = last or step % run.train.log_every == 0
-                stop = _agreed(stopping, log_now)
+                stop = _agreed(stopping, log_now or step % asked_every == 0)
                 save_now = last or stop or step % run.train.save_every == 0
                 # A state after a NaN must never push out a good one.
                 meter.wait(0 if log_now or save_now else None)
@@ -283,7 +289,8 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
                     if best is not None:
                         fill = line["tokens"] / (slots * (step - logged))
                         line["mfu"] = best * fill / line["seconds_per_step"]
-                    line |= _slowest(line["input_wait"])
+                    slowest, asked_every = _slowest(line, run.train.log_every)
+                    line |= slowest
                     log.write(step, "train", line)
                     progress.log(step, line)
                     logged = step
@@ -301,6 +308,9 @@ def _train(run: RunConfig, workdir: Path, on_eval, family: Family, loader, ideal
                         found = on_eval(step, states.eval_params(state, run.eval.weights))
                         line = {f"eval/{name}": float(value) for name, value in found.items()}
                         log.write(step, "eval", line | {"seconds": time.perf_counter() - now})
+                        if wanted and wanted not in line:
+                            told = ", ".join(sorted(line))
+                            _say(f"ALARM     train.keep_best: {wanted} is not among {told}")
                 progress.step(step)
                 if last or stop:
                     break
@@ -367,22 +377,24 @@ def _check_owner(workdir: Path, run: RunConfig) -> None:
             )
 
 
+def _best_by(run: RunConfig) -> str:
+    """What the best checkpoints are told by, as metrics.jsonl names it; "" where none are."""
+    return run.train.keep_best and f"eval/{run.train.keep_best.split()[0].removeprefix('-')}"
+
+
 def _retention(run: RunConfig, workdir: Path) -> dict[str, Any]:
     """Which checkpoints stay: arguments of ``Checkpoints``."""
     best = None
     if run.train.keep_best:
-        name, number = run.train.keep_best.split()
-        sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
+        sign, name = (-1.0 if run.train.keep_best.startswith("-") else 1.0), _best_by(run)
 
         def score(step: int) -> float | None:
             path = workdir / "metrics.jsonl"
             lines = read_metrics(path) if path.exists() else []
-            found = [
-                line[f"eval/{name}"] for line in lines if line["step"] == step and f"eval/{name}" in line
-            ]
+            found = [line[name] for line in lines if line["step"] == step and name in line]
             return sign * found[-1] if found else None
 
-        best = score, int(number)
+        best = score, int(run.train.keep_best.split()[1])
     return {"keep": run.train.keep, "every": run.train.keep_every, "best": best}
 
 
@@ -391,18 +403,28 @@ def _limit(run: RunConfig, loss: float) -> tuple[np.ndarray, ...]:
     return (np.float32(loss),) if run.train.anomaly == "skip" else ()
 
 
-def _slowest(input_wait: float) -> dict[str, float]:
-    """Of several processes, which waited longest for its data: all others wait for it in turn."""
+def _slowest(line: Mapping[str, float], log_every: int) -> tuple[dict[str, float], int]:
+    """Of several processes, which waited longest for its data: all others wait for it in turn.
+
+    And after how many steps they are to ask each other whether to stop, so that it is known in ASKED seconds.
+    """
     if jax.process_count() == 1:
-        return {}
-    waits = multihost_utils.process_allgather(np.float32(input_wait))
-    return {"input_wait_worst": float(waits.max()), "input_wait_worst_process": int(waits.argmax())}
+        return {}, log_every
+    mine = np.array([line["input_wait"], line["seconds_per_step"]], np.float32)
+    waits, paces = multihost_utils.process_allgather(mine).T
+    asked_every = int(np.clip(ASKED / max(paces.max(), 1e-6), 1, log_every))
+    worst = {"input_wait_worst": float(waits.max()), "input_wait_worst_process": int(waits.argmax())}
+    return worst, asked_every
 
 
 def _claim(workdir: Path, run: RunConfig) -> None:
-    """Writes config.json: the folder is this run's from now on."""
+    """Keeps the tokenizer and then config.json: the folder is this run's from now on, and it owns both."""
+    from umm_jax.data.files import write_atomic
+
     if jax.process_index() == 0:
-        path = workdir / "config.json"
+        path, source, kept = workdir / "config.json", Path(run.data.tokenizer), workdir / TOKENIZER
+        if not path.exists() and source.is_file() and source.resolve() != kept.resolve():
+            write_atomic(kept, source.read_bytes())
         configs.save(run, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -410,24 +432,17 @@ def _claim(workdir: Path, run: RunConfig) -> None:
 def _make_loader(
     run: RunConfig, workdir: Path, family: Family, model_config: ModelConfig, share: tuple[int, int]
 ) -> Any:
-    """The loader of a share of the run's data.
-
-    The tokenizer is copied beside the run, which owns it from then on.
-    """
-    from umm_jax.data.files import write_atomic
+    """The loader of a share of the run's data."""
     from umm_jax.data.pipeline import make_loader, plan
     from umm_jax.data.tokenizer import Tokenizer
 
-    source, kept = Path(run.data.tokenizer), workdir / "tokenizer.model"
-    if not kept.exists():
-        if not source.is_file():
-            raise ConfigError(f"data.tokenizer={run.data.tokenizer!r}: no such file")
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, source.read_bytes())
-    elif source.is_file() and source.read_bytes() != kept.read_bytes():
+    source, kept = Path(run.data.tokenizer), workdir / TOKENIZER
+    began = (workdir / "config.json").exists() and kept.exists()
+    if not began and not source.is_file():
+        raise ConfigError(f"data.tokenizer={run.data.tokenizer!r}: no such file")
+    if began and source.is_file() and source.read_bytes() != kept.read_bytes():
         raise ConfigError(f"{source} is not the tokenizer this run began with ({kept})")
-    tokenizer = Tokenizer.load(kept if kept.exists() else source)
+    tokenizer = Tokenizer.load(kept if began else source)
     serializer = family.stream.Serializer(model_config, tokenizer)
     index, count = share
     loader = make_loader(run.data, serializer, process_index=index, process_count=count)
@@ -470,7 +485,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def listen(number, frame):
         got.append(number)
         restore()
-        _say("\nstopping after this step and saving; once more to stop at once")
+        _say("\nstopping soon, and saving; once more to stop at once")
 
     for number in numbers:
         signal.signal(number, listen)
@@ -481,8 +496,8 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _agreed(got: list[int], now: bool) -> int:
-    """The signal to stop for, or 0. Several processes must stop at the same step: they ask each other when
-    they log."""
+    """The signal to stop for, or 0. Several processes must stop at the same step: they ask each other `now`
+    and then."""
     mine = max(got, default=0)
     if jax.process_count() == 1:
         return mine

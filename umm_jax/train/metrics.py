@@ -145,7 +145,11 @@ class MetricsFile:
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
+            line = json.dumps({"step": step, "kind": kind, "time": time.time(), **values})
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:  # costs the line, not the run
+                print(f"ALARM     {self._file.name}: {error}; lost: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._file is not None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HUNG = 75  # EX_TEMPFAIL: to be tried again
+PATIENCE = 20.0  # seconds that writing the stacks may take
 
 
 class Watchdog:
@@ -43,7 +44,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What may take any time: compiling, evaluation, a save."""
+        """What may take any time: evaluation, a save."""
         self._paused += 1
         try:
             yield
@@ -62,15 +63,24 @@ class Watchdog:
             late = time.monotonic() - self._last
             if self._paused or late < self.seconds:
                 continue
-            with open(self.path, "w") as file:
-                file.write(f"nothing for {late:.0f} s while waiting for {self._what}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            # If it is the disk that went away, writing to it may fail, or never come back.
+            late_bite = threading.Timer(PATIENCE, self._bite)
+            late_bite.daemon = True
+            late_bite.start()
+            said = f"nothing for {late:.0f} s while waiting for {self._what}"
             print(
-                f"watchdog  nothing for {late:.0f} s while waiting for {self._what}; {self.path} says what "
-                f"every thread was doing; ending with status {HUNG}, to be started again",
+                f"watchdog  {said}; {self.path} says what every thread was doing; ending with status {HUNG}, "
+                "to be started again",
                 file=sys.stderr,
                 flush=True,
             )
+            try:
+                with open(self.path, "w") as file:
+                    file.write(f"{said}\n\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+            except OSError as error:
+                print(f"watchdog  {self.path}: {error}", file=sys.stderr, flush=True)
+            late_bite.cancel()
             self._bite()
             return

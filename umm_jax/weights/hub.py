@@ -105,6 +105,8 @@ def llama(c: Any, *, rows: int | None = None, added: int = 0, head: bool = False
             "backbone.gated_mlp": (c.gated_mlp, True),
             "backbone.activation": (c.activation, "silu"),
             "backbone.attention_scale": (c.attention_scale, 1.0),
+            "backbone.qkv_bias": (c.qkv_bias, False),
+            "backbone.experts": (c.experts, None),
         },
     )
     rules = [Rule("embed_tokens.weight", "embed/table")]

@@ -2,7 +2,7 @@
 
 For every cell and every background, the nearest among all contents, each rendered sharp and blurred to
 several widths; the background is chosen for all cells together. Without the blurred templates a slightly
-soft but right picture would be misread (world recipe, section 1). A picture is valid when its worst cell
+soft but right picture would be misread. A picture is valid when its worst cell
 lies within the gate of its template: a half-transparent object must not count as an empty cell.
 """
 

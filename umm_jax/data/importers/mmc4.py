@@ -26,7 +26,7 @@ LICENSE = ""  # its lists have one, the pictures many
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults are the release's (specification, section 8).
+    """Defaults are the release's.
 
     Attributes:
         min_similarity: pictures that match their sentence less are left out.

@@ -24,7 +24,7 @@ PYTHON_LITERALS = True  # the sample file of MM-Interleaved is of such lines
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults are the release's (specification, section 8).
+    """Defaults are the release's.
 
     Attributes:
         image_first: share of documents that begin with their picture.

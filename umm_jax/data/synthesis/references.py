@@ -207,12 +207,7 @@ def resolve(reference: Reference, history: History) -> list[str]:
             of = [p for p in pictures if reference.kind in ("order", p.origin)]
             return [of[value - 1].key] if 0 < value <= len(of) else []
         case "content":
-            # A picture nobody said anything about might show it too.
-            return [
-                p.key
-                for p in pictures
-                if p.facts is None and not p.maybe or value in (p.facts or ()) or value in p.maybe
-            ]
+            return [p.key for p in pictures if _may_show(p, value)]
         case "name":
             return [history.names[value]] if value in history.names else []
         case "other":
@@ -229,6 +224,7 @@ def resolve(reference: Reference, history: History) -> list[str]:
 
 
 def _may_show(picture: Seen, value: str) -> bool:
+    # A picture nobody said anything about might show it too.
     nothing_said = picture.facts is None and not picture.maybe
     return nothing_said or value in picture.maybe or value in (picture.facts or ())
 

@@ -10,6 +10,7 @@ what a dialogue means does not depend on a writer.
 """
 
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -150,7 +151,7 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
                     reply = response.read(1 << 20)
                 return json.loads(reply)["choices"][0]["message"]["content"]
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
                     break  # it will not change its mind

@@ -21,7 +21,7 @@ from umm_jax.families.chatumm import pictures
 from umm_jax.families.chatumm.config import ModelConfig
 from umm_jax.families.chatumm.engine import Branches, Engine, Memory, Sampling
 from umm_jax.families.chatumm.segments import Segment, Shown, lay
-from umm_jax.families.chatumm.stream import Serializer
+from umm_jax.families.chatumm.stream import BLANK, Serializer
 from umm_jax.families.contract import Reply
 from umm_jax.models.guidance import GuidanceConfig
 
@@ -225,9 +225,9 @@ class Replier:
             "latents": laid.latents,
             "patches": {"pixels": np.concatenate([np.zeros((0, numbers), np.uint8), *flat]), **laid.patches},
             "images": {
-                "pixels": np.array([pictures.on_canvas(p.pixels, c.canvas) for p in large], np.uint8).reshape(
-                    -1, c.canvas, c.canvas, 3
-                ),
+                "pixels": np.array(
+                    [pictures.on_canvas(p.pixels, c.canvas, BLANK) for p in large], np.uint8
+                ).reshape(-1, c.canvas, c.canvas, 3),
                 "size": np.array([p.pixels.shape[:2] for p in large], np.int32).reshape(-1, 2),
                 "noise": np.array([self._noise(p.key) for p in large], np.float32).reshape(
                     -1, *self.config.latent_shape

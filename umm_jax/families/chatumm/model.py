@@ -245,7 +245,8 @@ class ChatUMM(nnx.Module):
         images = batch["images"]
         real = (images["segment_ids"] > 0).reshape(-1).astype(jnp.float32)
         pixels = images["pixels"].reshape(-1, *images["pixels"].shape[2:])
-        losses, parts = self.autoencoder.losses(_signed(pixels, self.dtype), key)
+        size = None if self.config.compat == "release" else images["size"].reshape(-1, 2)
+        losses, parts = self.autoencoder.losses(_signed(pixels, self.dtype), key, size)
         metrics = {name: (jnp.sum(values * real), jnp.sum(real)) for name, values in parts.items()}
         return {"autoencoder": jnp.sum(losses * real)}, metrics
 

@@ -33,7 +33,7 @@ from umm_jax.families.chatumm.segments import NO_LABEL, Grids, Segment, Shown, S
 from umm_jax.stream import Feature, Stream, StreamSpec, beyond
 
 BLANK = (
-    127  # a canvas around a picture: nearest to the middle of the range, though nothing there is ever read
+    127  # a canvas around a picture: nearest to the middle of the range, which compat="release" reads there
 )
 
 

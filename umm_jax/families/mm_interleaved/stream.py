@@ -235,7 +235,7 @@ class Serializer:
             ConfigError: the tokenizer has more pieces than the model's vocabulary.
         """
         never = beyond(self.tokenizer.size, vocab, "config.model.backbone.vocab")
-        structure = [i for prefix in self.prefix.values() if len(prefix) == 1 for i in prefix]
+        structure = [self.tokenizer.id(text) for text in self.layout.prefixes.values() if _is_piece(text)]
         never[[0, self.bos, self.slot, *structure]] = True
         return never
 

@@ -65,6 +65,8 @@ class ModelConfig:
 
     def __post_init__(self):
         tower, layout = self.tower.chosen, self.layout
+        if self.backbone.synchronizer is not None:
+            raise ConfigError("backbone.synchronizer: this family has none, only mm_interleaved does")
         for name, value, other in (
             ("image_size", layout.image_size, tower.image_size),
             ("image_tokens", layout.image_tokens, tower.tokens),
