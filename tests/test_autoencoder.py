@@ -88,6 +88,20 @@ def test_kl_is_that_of_gaussians():
     np.testing.assert_allclose(posterior.kl(), [2 * one], rtol=1e-6)
 
 
+def test_a_picture_on_a_canvas_teaches_what_it_would_alone():
+    """Whatever lies around it; and where it fills the canvas, its size changes nothing."""
+    model = small()
+    picture = jax.random.uniform(jax.random.key(0), (1, 4, 8, 3), minval=-1)
+    alone, parts = jax.jit(model.losses)(picture, None)
+    for around in (0.0, 0.7):
+        canvas = jnp.full((1, 8, 8, 3), around).at[:, :4].set(picture)
+        found, seen = jax.jit(model.losses)(canvas, None, jnp.array([[4, 8]]))
+        np.testing.assert_allclose(found, alone, rtol=1e-4)
+        np.testing.assert_allclose(seen["l1"], parts["l1"], rtol=1e-4)
+    np.testing.assert_allclose(model.losses(picture, None, jnp.array([[4, 8]]))[0], alone, rtol=1e-4)
+    assert not np.allclose(model.losses(canvas, None)[0], alone, rtol=1e-2)
+
+
 def test_loss_is_l1_plus_weighted_kl_of_each_image():
     model = small()
     pixels = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)

@@ -86,6 +86,43 @@ def test_a_config_file_may_take_a_word(config, tmp_path):
         configs.load("nope.py:long")
 
 
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("None", "a config is a mapping, this is a NoneType"),
+        ("{'family': 'mm_interleaved', 'model': {}, 'data': {1, 2}}", "holds what JSON can"),
+    ],
+)
+def test_what_is_no_config_is_refused(tmp_path, body, said):
+    (tmp_path / "odd.py").write_text(f"def get_config():\n    return {body}\n")
+    with pytest.raises(ConfigError, match=said):
+        configs.load(tmp_path / "odd.py")
+    (tmp_path / "odd.py").write_text("def get_config(word):\n    return {}\n")
+    with pytest.raises(ConfigError, match="needs a word"):
+        configs.load(tmp_path / "odd.py")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["data", "synthesize", "--count=1", "--out=x", "--rewriter=openai"], "--rewriter is of --from"),
+        (["data", "synthesize", "--count=1", "--out=x", "--stages=1"], "--stages is of --from"),
+        (
+            ["plan", "--config=FILE", "--topology=v5e:2x2", "--sweep", "--html=x"],
+            "--html: --sweep only prints",
+        ),
+        (
+            ["plan", "--config=FILE", "--topology=v5e:2x2", "--placements", "--json=x"],
+            "--placements only prints",
+        ),
+        (["experts", "--serve=x", "--port=70000"], "from 0 to 65535"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(capsys, config, words, said):
+    status, _, err = umm(capsys, *(word.replace("FILE", str(config)) for word in words))
+    assert status == 2 and said in err
+
+
 @pytest.mark.parametrize("name", ["chatumm_7b", "chatumm_7b_c", "mm_interleaved_13b"])
 def test_a_flagship_has_presets_for_topologies(name):
     path = f"configs/{name}.py"
@@ -104,6 +141,11 @@ def test_a_flagship_has_presets_for_topologies(name):
         ("--config.train.steps=many", "config.train.steps: expected int, got 'many'"),
         ("--config.train.steps=0", "steps, accumulate, log_every and save_every must be positive"),
         ("--config.optim.schedule=cosin", "'cosin' is not allowed; did you mean 'cosine'?"),
+        ("--config.optim.clip=0", "clip must be positive"),
+        ("--config.train.keep=0", "keep must be at least 1"),
+        ("--config.train.keep_best=turns 1", "set eval_every"),
+        ("--config.eval.batch_size=0", "batch_size must be at least 1"),
+        ("--config.data.align.token=128", "the axes are tokens, images"),
         ("--config.family=mm_interleaves", "did you mean 'mm_interleaved'?"),
         ("--config.model.backbon={}", "config.model.backbon: unknown key; did you mean 'backbone'?"),
     ],

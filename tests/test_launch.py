@@ -191,6 +191,9 @@ def test_after_the_last_restart_a_slurm_script_ends(tmp_path):
         (["--env=A"], "expected KEY=VALUE"),
         (["--env=1=2"], "no name of a variable"),
         (["--config.train.stepz=3"], "stepz"),
+        (["--config.model.backbone.layrs=3"], "layrs"),
+        (["--config.world.overrides.gird=3"], "gird"),
+        (["--workdir=gs://bucket/run"], "mount the bucket"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_given_away(argv, words):

@@ -14,7 +14,17 @@ from umm_jax.markup.plan import plan
 from umm_jax.router.classical import Edit, Segment, salient
 from umm_jax.router.conformance import BOX, failures, request, sample
 from umm_jax.router.execute import Executor, Limits, box_mask
-from umm_jax.router.experts import SHIPPED, Expert, ExpertError, Medium, Registry, Request, Result, Spec
+from umm_jax.router.experts import (
+    SHIPPED,
+    Expert,
+    ExpertError,
+    Medium,
+    Registry,
+    Request,
+    Result,
+    Spec,
+    flaw,
+)
 
 UMM1 = dialects.get("umm1")
 WHITE = Medium("image", np.full((4, 6, 3), 255, np.uint8))
@@ -124,6 +134,31 @@ def test_the_next_expert_is_asked(does, said):
     assert done[0].status == "ok" and done[0].expert == "good"
     (tried,) = done[0].tried
     assert tried.startswith("bad: ") and said in tried
+
+
+@pytest.mark.parametrize("boxes", [(0.1, 0.2, 0.3, 0.4), ((0.1, "b", 0.3, 0.4),), ((0, 0, 2, 1),)])
+def test_boxes_of_another_form_are_a_flaw(boxes):
+    assert "four shares" in flaw(Medium("boxes", boxes), 100)
+
+
+def test_what_cannot_be_loaded_is_tried_once_and_what_can_is_loaded_once(monkeypatch):
+    made = []
+
+    def slow():
+        made.append(1)
+        time.sleep(0.05)
+        return Toy("slow")
+
+    monkeypatch.setattr(sys.modules[__name__], "_slow", slow, raising=False)
+    registry = Registry({"slow": f"{__name__}:_slow", "none": "no_such_module:X"})
+    threads = [threading.Thread(target=registry.chain, args=("image_gen",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1] and [e.spec.name for e in registry.chain("image_gen")] == ["slow"]
+    with pytest.raises(ConfigError, match="'none' cannot be loaded"):
+        registry.get("none")
 
 
 def test_what_stands_in_for_a_model_is_marked_and_asked_last():

@@ -133,6 +133,13 @@ def test_nobody_there():
         Remote("http://127.0.0.1:9", tries=1, seconds=2)
     with pytest.raises(ConfigError, match="http or https"):
         Remote("ftp://example.org")
+    for odd in ("http://[::1", "http://localhost:84OO", "http://localhost:99999"):
+        with pytest.raises(ConfigError, match="http or https"):
+            Remote(odd)
+    for said in (b"[]", b'{"version": "1", "tasks": ["image_gen"]}'):
+        with running(fake(lambda handler, said=said: (200, {}, said))) as url:
+            with pytest.raises(ConfigError, match="does not say its name"):
+                Remote(url)
     with running(fake(lambda handler: (200, {}, b"<html>"))) as url:
         with pytest.raises(ConfigError, match="no JSON"):
             Remote(url)

@@ -11,7 +11,9 @@ import pytest
 
 from umm_jax.errors import BusyError
 from umm_jax.train import lock as locks
+from umm_jax.train import watchdog as watchdogs
 from umm_jax.train.lock import NAME, held
+from umm_jax.train.metrics import MetricsFile
 from umm_jax.train.watchdog import HUNG, Watchdog
 
 FAST = dict(beat=0.05, patience=4)
@@ -104,6 +106,16 @@ def test_whoever_was_taken_over_finds_out_and_leaves_the_others_lock(tmp_path):
     assert (tmp_path / NAME).read_text() == other
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path):
+    with held(tmp_path, **FAST) as lock:
+        beats = lock._beats
+        (tmp_path / NAME).write_text('{"job": "ano')
+        while lock._beats < beats + 2:
+            time.sleep(0.01)
+        lock.check()
+        assert json.loads((tmp_path / NAME).read_text())["job"] == lock.job
+
+
 def test_of_many_at_once_one_gets_it(tmp_path):
     dead = {"job": "old", "host": locks.socket.gethostname(), "pid": 2**22 + 1, "born": "", "beats": 0}
     (tmp_path / NAME).write_text(json.dumps(dead))
@@ -147,6 +159,29 @@ def test_a_hang_is_noticed_and_told_with_every_thread(tmp_path, capsys):
     text = (tmp_path / "stacks-0.txt").read_text()
     assert "waiting for step 7" in text and "waits_for_ever" in text
     assert f"status {HUNG}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a folder that is gone", "a disk that never answers"])
+def test_a_hang_of_the_disk_itself_ends_the_run_all_the_same(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(watchdogs, "PATIENCE", 0.3)
+    bitten, folder = threading.Event(), tmp_path / "gone"
+    if kind == "a disk that never answers":
+        folder.mkdir()
+        os.mkfifo(folder / "stacks-0.txt")  # opening it waits for a reader
+    dog = Watchdog(0.2, folder, bite=bitten.set)
+    assert bitten.wait(10) and f"status {HUNG}" in capsys.readouterr().err
+    if kind == "a disk that never answers":
+        (folder / "stacks-0.txt").read_text()
+    dog.close()
+
+
+def test_a_line_of_metrics_that_the_disk_refuses_costs_the_line(tmp_path, capsys):
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    log._file = open("/dev/full", "w", buffering=1)
+    log.write(3, "train", {"loss": 1.5})
+    log.close()
+    said = capsys.readouterr().err
+    assert said.startswith("ALARM") and "No space left" in said and '"loss": 1.5' in said
 
 
 def test_what_is_alive_or_paused_is_let_be(tmp_path):

@@ -360,12 +360,12 @@ class TrainConfig:
             raise ConfigError("keep_every and eval_every must be 0 or positive")
         if self.eval_every and self.eval_items < 1:
             raise ConfigError(f"eval_items must be at least 1, it is {self.eval_items}")
-        if self.keep_best and not self.eval_every:
-            raise ConfigError("keep_best needs in-training evaluation: set eval_every")
         if self.keep_best and not re.fullmatch(r"-?[^\s-]\S* [1-9]\d*", self.keep_best):
             raise ConfigError(
                 f'keep_best: expected a name and a number such as "turns 2"; got {self.keep_best!r}'
             )
+        if self.keep_best and not self.eval_every:
+            raise ConfigError("keep_best needs in-training evaluation: set eval_every")
         if self.spike is not None and self.spike <= 0:
             raise ConfigError(f"spike must be positive, or null; it is {self.spike}")
         if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):

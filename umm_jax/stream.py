@@ -96,6 +96,16 @@ def check_stream(stream: Stream, spec: StreamSpec) -> None:
                 )
 
 
+def is_piece(text: str) -> bool:
+    """Whether a delimiter is one piece of a tokenizer, such as ``<user>``, and not words like any other."""
+    return text.startswith("<") and text.endswith(">")
+
+
+def rounded_up(value: int, multiple: int) -> int:
+    """The next multiple: rows of few lengths need few programs."""
+    return -(-value // multiple) * multiple
+
+
 def beyond(pieces: int, vocab: int, option: str) -> np.ndarray:
     """True for the ids of a vocabulary that no piece of the tokenizer has: bool [vocab].
 

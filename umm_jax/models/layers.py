@@ -439,6 +439,17 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def in_slots(x: jax.Array, image: jax.Array, slot: jax.Array, visual: jax.Array) -> jax.Array:
+    """`x` [B, T, D]; where `image` [B, T] is not negative, token number `slot` of that image of `visual`.
+
+    `visual` is [B, I, N, D].
+    """
+    b, i, n, d = visual.shape
+    index = jnp.clip(image * n + slot, 0, i * n - 1)
+    found = jnp.take_along_axis(visual.reshape(b, i * n, d), index[..., None], axis=1)
+    return jnp.where((image >= 0)[..., None], found.astype(x.dtype), x)
+
+
 def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
     """[..., h, w, f*f*C] -> [..., f*h, f*w, C]; the inverse of :func:`space_to_depth`."""
     *lead, h, w, c = x.shape

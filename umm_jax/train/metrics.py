@@ -15,6 +15,7 @@ metrics.jsonl has one JSON object a line, told apart by "kind":
 Every line has "step", the number of finished steps, and "time", seconds since 1970.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -153,7 +154,8 @@ class MetricsFile:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # told by whichever line it refused
+                self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from umm_jax.errors import ConfigError
 from umm_jax.weights import stock
-from umm_jax.weights.table import Constant, Fresh, Rule, Table, Unused
+from umm_jax.weights.table import Constant, Fresh, Rule, Table, Unused, require
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,6 @@ class StockPart:
         return {path: shape for path, shape in ours.items() if path in paths}
 
 
-def _require(part: str, found: Mapping[str, tuple[Any, Any]]) -> None:
-    for name, (value, needed) in found.items():
-        if value != needed:
-            raise ConfigError(
-                f"config.model.{name} is {value!r}: the stock {part} has {needed!r} and nothing else"
-            )
-
-
 # --- Llama ------------------------------------------------------------------------------------------
 
 
@@ -98,8 +90,8 @@ def llama(c: Any, *, rows: int | None = None, added: int = 0, head: bool = False
     Raises:
         ConfigError: a backbone that is no Llama, or a vocabulary of another size.
     """
-    _require(
-        "Llama",
+    require(
+        "the stock Llama",
         {
             "backbone.qk_norm": (c.qk_norm, False),
             "backbone.gated_mlp": (c.gated_mlp, True),
@@ -188,8 +180,8 @@ def qwen2(c: Any, ours: str, copies: Mapping[str, str], head: bool) -> StockPart
     """
     if not head:
         raise ConfigError("the language model has no lm_head: its head is its embedding, and ours is its own")
-    _require(
-        "Qwen2",
+    require(
+        "the stock Qwen2",
         {
             "mixture.qkv_bias": (c.qkv_bias, True),
             "mixture.gated_mlp": (c.gated_mlp, True),
@@ -340,8 +332,8 @@ def clip(c: Any, ours: str) -> StockPart:
 
 def unet(c: Any, ours: str) -> StockPart:
     """The denoiser at `ours`; `c` a UNetConfig in the reference's layout."""
-    _require(
-        "UNet2DConditionModel",
+    require(
+        "the stock UNet2DConditionModel",
         {
             "unet.norm": (c.norm, "group"),
             "unet.skips": (c.skips, "all"),
@@ -399,7 +391,7 @@ def unet(c: Any, ours: str) -> StockPart:
 
 def autoencoder(c: Any, ours: str, side: int) -> StockPart:
     """The image autoencoder at `ours`; `c` an AutoencoderConfig; `side` of the images in pixels."""
-    _require("AutoencoderKL", {"autoencoder.kind": (c.kind, "kl")})
+    require("the stock AutoencoderKL", {"autoencoder.kind": (c.kind, "kl")})
     levels = len(c.widths)
     return StockPart(
         title="Image autoencoder",

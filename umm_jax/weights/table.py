@@ -14,11 +14,11 @@ out for a reason. Nothing is ignored in silence: see :meth:`Table.check`.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from umm_jax.errors import CheckpointError
+from umm_jax.errors import CheckpointError, ConfigError
 
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
@@ -246,3 +246,14 @@ def require_fit(table: Table, ours: Mapping[str, Shape], found: Mapping[str, Sha
             f"{where}: {len(wrong)} tensors do not fit this model: {shown}{more}. Nothing was written; check "
             "that the config has the checkpoint's sizes"
         )
+
+
+def require(what: str, found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Holds a config against what a checkpoint's layout can name: {field: (value, the one there is)}.
+
+    Raises:
+        ConfigError: another value; says which `what` has.
+    """
+    for name, (value, needed) in found.items():
+        if value != needed:
+            raise ConfigError(f"config.model.{name} is {value!r}: {what} has {needed!r} and nothing else")

@@ -24,6 +24,7 @@ from umm_jax.families.chatumm.segments import Segment, Shown, lay
 from umm_jax.families.chatumm.stream import BLANK, Serializer
 from umm_jax.families.contract import Reply
 from umm_jax.models.guidance import GuidanceConfig
+from umm_jax.stream import rounded_up
 
 # What the model may do next, as the engine counts it.
 WRITE, DRAW, END = range(3)
@@ -185,8 +186,8 @@ class Replier:
     def read(self, context: Context, new: Sequence[Sequence[Piece]], capacity: int) -> None:
         """Reads the `new` pieces of each row, in one pass."""
         if context.memory is None:
-            context.memory = self.engine.empty(len(new), self._up(capacity))
-        context.memory = self.engine.reserve(context.memory, self._up(capacity))
+            context.memory = self.engine.empty(len(new), rounded_up(capacity, self.round_tokens))
+        context.memory = self.engine.reserve(context.memory, rounded_up(capacity, self.round_tokens))
         if any(new):
             laid = [self._laid(pieces, context, row) for row, pieces in enumerate(new)]
             batch = self._stacked(laid, context.memory.capacity)
@@ -247,7 +248,7 @@ class Replier:
         batch: dict[str, dict[str, np.ndarray]] = {}
         for axis in ("tokens", "latents", "patches", "images"):
             most = max(len(next(iter(one[axis].values()))) for one in laid)
-            width = most if axis == "images" else self._up(most)
+            width = most if axis == "images" else rounded_up(most, self.round_tokens)
             batch[axis] = {}
             for name, first in laid[0][axis].items():
                 array = np.full((len(laid), width, *first.shape[1:]), pads.get(name, 0), first.dtype)
@@ -255,10 +256,6 @@ class Replier:
                     array[row, : len(one[axis][name])] = one[axis][name]
                 batch[axis][name] = array
         return batch
-
-    def _up(self, value: int) -> int:
-        """The next multiple of `round_tokens`."""
-        return -(-value // self.round_tokens) * self.round_tokens
 
 
 class _Line:

@@ -22,7 +22,7 @@ from umm_jax.models.mot import begun_from
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.resize import resize_matrix
 from umm_jax.weights import hub, stock
-from umm_jax.weights.table import Constant, Rule, Table
+from umm_jax.weights.table import Constant, Rule, Table, require
 
 ARCHITECTURE = "BagelForConditionalGeneration"
 PARTS = ("llm", "vit", "vae")  # what a pre-training begins from
@@ -125,12 +125,7 @@ def _require_release_layout(c: ModelConfig) -> None:
         "autoencoder.quant": (c.autoencoder.quant, False),
         "schedule.prediction": (c.schedule.prediction, "velocity"),
     }
-    for name, (found, needed) in odd.items():
-        if found != needed:
-            raise ConfigError(
-                f"config.model.{name} is {found!r}: only models laid out like the release ({needed!r}) have "
-                "names in its checkpoints"
-            )
+    require("the release", odd)
 
 
 def _rules(c: ModelConfig) -> Iterator[Rule]:

@@ -19,7 +19,7 @@ from umm_jax.families.contract import Reply
 from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.engine import NOWHERE, Engine, Memory, TextSettings
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
-from umm_jax.stream import Stream
+from umm_jax.stream import Stream, rounded_up
 
 # Why a row stopped writing text, as the engine counts the stops it is given.
 END, DRAW = 1, 2
@@ -226,8 +226,8 @@ class Replier:
                 "(max_images of its synchronizers); shorten the conversation, or ask for text alone "
                 "(reply.mode=text)"
             )
-        images = _up(max(shown + more, 1), self.round_images)
-        return _up(tokens, self.round_tokens), images if most is None else min(images, most)
+        images = rounded_up(max(shown + more, 1), self.round_images)
+        return rounded_up(tokens, self.round_tokens), images if most is None else min(images, most)
 
     def _shared(self, wanted: Sequence[Read]) -> tuple[list[tuple[int, int]], Memory | None]:
         """(tokens, images) of each row that the last batch read, and its memory where that is worth it."""
@@ -249,9 +249,9 @@ class Replier:
             for s, (tokens, images) in zip(streams, had)
         ]
         length, count = (np.array(n, np.int32) for n in zip(*new))
-        width = _up(int(length.max()), self.round_tokens)
+        width = rounded_up(int(length.max()), self.round_tokens)
         most = self.config.most_images
-        images = _up(int(count.max()), self.round_images)
+        images = rounded_up(int(count.max()), self.round_images)
         images = images if most is None else min(images, most)
         batch = {
             name: np.full((rows, width), spec.tokens[name].pad, np.int32) for name in ("ids", "image", "slot")
@@ -281,8 +281,3 @@ class Replier:
                 images[last] = ImageData.from_array(pictures[i])
                 parts.append(Image(last))
         return Reply(Turn("assistant", tuple(parts)), images, stopped)
-
-
-def _up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple

@@ -143,13 +143,7 @@ class MMInterleaved(nnx.Module):
         """Ids [B, T] -> [B, T, D]; where `image` is not negative, that image's visual token number `slot`."""
         x = self.embed(ids, self.dtype)
         x = x + jnp.where((ids == self.config.soi_id)[..., None], self.soi_token[...], 0).astype(x.dtype)
-        if visual is None:
-            return x
-        b, i, n, d = visual.shape
-        flat = visual.reshape(b, i * n, d)
-        index = jnp.clip(image * n + slot, 0, i * n - 1)
-        slots = jnp.take_along_axis(flat, index[..., None], axis=1)
-        return jnp.where((image >= 0)[..., None], slots.astype(x.dtype), x)
+        return x if visual is None else L.in_slots(x, image, slot, visual)
 
     @property
     def dtype(self):

@@ -29,7 +29,7 @@ from umm_jax.config import from_dict
 from umm_jax.conversation import Conversation, Image, Mask, Part, Text, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.families.boxes import Boxes, BoxFormat, box_pieces
-from umm_jax.stream import Feature, Stream, StreamSpec, beyond
+from umm_jax.stream import Feature, Stream, StreamSpec, beyond, is_piece
 
 # Rows of the tables of relative image indices where a config does not say: the release's.
 BACKBONE_IMAGES, DECODER_IMAGES = 50, 10
@@ -84,14 +84,10 @@ def layout_of(model: Mapping[str, Any] | Any) -> LayoutConfig:
 def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
     """What a tokenizer trained for this family holds beside words: pieces that are never part of a text."""
     layout = layout_of(model)
-    pieces = [text for text in layout.prefixes.values() if _is_piece(text)]
+    pieces = [text for text in layout.prefixes.values() if is_piece(text)]
     pieces += [layout.turn_end, layout.soi, layout.image]
     pieces += box_pieces(layout.box_format, layout.box_bins)
     return list(dict.fromkeys(pieces))
-
-
-def _is_piece(text: str) -> bool:
-    return text.startswith("<") and text.endswith(">")
 
 
 def spec(model: Mapping[str, Any] | Any) -> StreamSpec:
@@ -143,7 +139,7 @@ class Serializer:
         self.spec = replace(spec(layout), delimiters=delimiters)
 
     def _prefix(self, text: str) -> list[int]:
-        if _is_piece(text):
+        if is_piece(text):
             return [self.tokenizer.id(text)]
         return self.tokenizer.encode(text)
 
@@ -235,7 +231,7 @@ class Serializer:
             ConfigError: the tokenizer has more pieces than the model's vocabulary.
         """
         never = beyond(self.tokenizer.size, vocab, "config.model.backbone.vocab")
-        structure = [self.tokenizer.id(text) for text in self.layout.prefixes.values() if _is_piece(text)]
+        structure = [self.tokenizer.id(text) for text in self.layout.prefixes.values() if is_piece(text)]
         never[[0, self.bos, self.slot, *structure]] = True
         return never
 

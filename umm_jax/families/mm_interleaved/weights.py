@@ -17,7 +17,7 @@ from umm_jax.families.mm_interleaved.reference import release_config as release_
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.vision import CLIP_MEAN, CLIP_STD
 from umm_jax.weights import hub, stock
-from umm_jax.weights.table import Constant, Rule, Table
+from umm_jax.weights.table import Constant, Rule, Table, require
 
 ARCHITECTURE = "MMInterleaved"  # what an export's config.json calls it
 FOLDER = None
@@ -98,12 +98,7 @@ def _require_release_layout(c: ModelConfig) -> None:
         "backbone.gated_mlp": (backbone.gated_mlp, True),
         "unet_sync.out_init": (c.unet_sync.out_init if c.unet_sync else 0.0, 0.0),
     }
-    for name, (found, needed) in odd.items():
-        if found != needed:
-            raise ConfigError(
-                f"config.model.{name} is {found!r}: only models laid out like the release ({needed!r}) have "
-                "names in its checkpoints"
-            )
+    require("the release", odd)
     if not c.added_tokens or c.unet_sync is None or backbone.synchronizer is None:
         raise ConfigError(
             "config.model: the release's layout has both synchronizers (backbone.synchronizer, unet_sync) "

@@ -22,7 +22,7 @@ from umm_jax.families.unified_mllm.stream import Serializer, square
 from umm_jax.markup import grammar, records
 from umm_jax.markup.plan import Step, plan
 from umm_jax.markup.tasks import TASKS
-from umm_jax.stream import Stream
+from umm_jax.stream import Stream, rounded_up
 
 END = 1
 
@@ -139,7 +139,7 @@ class Replier:
         pictures = settings.max_images if self.experts is not None else 0
         block = self.serializer.layout.image_tokens + 2
         room = max(row.length for row in rows) + settings.max_tokens + pictures * block
-        memory = self.engine.empty(len(rows), _up(room, self.round_tokens))
+        memory = self.engine.empty(len(rows), rounded_up(room, self.round_tokens))
         memory = self.engine.read(memory, self._collate(streams))
         choice = map(jnp.float32, (settings.temperature, settings.top_p, settings.repetition_penalty))
         sampling = Sampling(*choice, least=jnp.int32(settings.min_tokens))
@@ -211,7 +211,7 @@ class Replier:
                     todo.append((b, number, row.columns[k], ref))
         if not todo:
             return
-        width = _up(len(todo), self.round_images)
+        width = rounded_up(len(todo), self.round_images)
         padded = [*todo, *[todo[0]] * (width - len(todo))]
         shown = [self.serializer.picture(rows[b].images[ref].picture()) for b, _, _, ref in padded]
         logits = self.engine.masks(
@@ -278,8 +278,8 @@ class Replier:
     def _collate(self, streams: Sequence[Stream]) -> dict[str, np.ndarray]:
         """The prompts, right-padded."""
         spec = self.serializer.spec
-        width = _up(max(len(s["tokens"]["ids"]) for s in streams), self.round_tokens)
-        count = _up(max(len(s["images"]["pixels"]) for s in streams), self.round_images)
+        width = rounded_up(max(len(s["tokens"]["ids"]) for s in streams), self.round_tokens)
+        count = rounded_up(max(len(s["images"]["pixels"]) for s in streams), self.round_images)
         batch = {
             name: np.full((len(streams), width), spec.tokens[name].pad, np.int32)
             for name in ("ids", "image", "slot")
@@ -302,8 +302,3 @@ def _shown(conversation: Conversation) -> dict[str, ImageData]:
                 found.pop(part.ref, None)
                 found[part.ref] = conversation.images[part.ref]
     return found
-
-
-def _up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple

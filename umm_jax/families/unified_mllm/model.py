@@ -140,12 +140,7 @@ class UnifiedMLLM(nnx.Module):
     def embed_tokens(self, ids, image=None, slot=None, visual=None) -> jax.Array:
         """Ids [B, T] -> [B, T, D]; where `image` is not negative, that image's token number `slot`."""
         x = self.embed(ids, self.dtype)
-        if visual is None:
-            return x
-        b, i, n, d = visual.shape
-        index = jnp.clip(image * n + slot, 0, i * n - 1)
-        slots = jnp.take_along_axis(visual.reshape(b, i * n, d), index[..., None], axis=1)
-        return jnp.where((image >= 0)[..., None], slots.astype(x.dtype), x)
+        return x if visual is None else L.in_slots(x, image, slot, visual)
 
     # --- learning ---------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from umm_jax.config import from_dict
 from umm_jax.conversation import Conversation, Image, Mask, Turn
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.markup import automaton, dialects, grammar, records
-from umm_jax.stream import Feature, Stream, StreamSpec, beyond
+from umm_jax.stream import Feature, Stream, StreamSpec, beyond, is_piece
 
 # CLIP's mean colour, which fills what a picture lacks to a square.
 _FILL = (122, 116, 104)
@@ -75,13 +75,9 @@ def layout_of(model: Mapping[str, Any] | Any) -> LayoutConfig:
 def control_pieces(model: Mapping[str, Any] | Any) -> list[str]:
     """What a tokenizer trained for this family holds beside words: pieces that are never part of a text."""
     layout = layout_of(model)
-    pieces = [text for text in (*layout.prefixes.values(), layout.turn_end) if _is_piece(text)]
+    pieces = [text for text in (*layout.prefixes.values(), layout.turn_end) if is_piece(text)]
     pieces += [layout.start, layout.patch, layout.end, *dialects.get(layout.dialect).tokens]
     return [piece for piece in dict.fromkeys(pieces) if piece not in ("<s>", "</s>")]
-
-
-def _is_piece(text: str) -> bool:
-    return text.startswith("<") and text.endswith(">")
 
 
 def spec(model: Mapping[str, Any] | Any) -> StreamSpec:
@@ -147,7 +143,7 @@ class Serializer:
         return back(logits, height, width) > 0
 
     def _pieces(self, text: str) -> list[int]:
-        return [self.tokenizer.id(text)] if _is_piece(text) else self.tokenizer.encode(text) if text else []
+        return [self.tokenizer.id(text)] if is_piece(text) else self.tokenizer.encode(text) if text else []
 
     def _one(self, text: str) -> int:
         ids = self._pieces(text)
@@ -204,7 +200,7 @@ class Serializer:
             ConfigError: the tokenizer has more pieces than the model's vocabulary.
         """
         never = beyond(self.tokenizer.size, vocab, "config.model.backbone.vocab")
-        structure = [self.tokenizer.id(text) for text in self.layout.prefixes.values() if _is_piece(text)]
+        structure = [self.tokenizer.id(text) for text in self.layout.prefixes.values() if is_piece(text)]
         never[[0, self.bos, *self.block, *structure]] = True
         return never
 

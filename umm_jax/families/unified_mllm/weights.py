@@ -20,7 +20,7 @@ from umm_jax.models.sam_encoder import SamEncoderConfig
 from umm_jax.models.tower import TowerConfig
 from umm_jax.models.vision import ClipConfig, ClipTowerConfig
 from umm_jax.weights import hub, stock
-from umm_jax.weights.table import Rule, Table, Unused
+from umm_jax.weights.table import Rule, Table, Unused, require
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 FOLDER = None
@@ -177,12 +177,7 @@ def _require_release_layout(c: ModelConfig) -> None:
         "backbone.synchronizer": (c.backbone.synchronizer, None),
         "backbone.attention_scale": (c.backbone.attention_scale, 1.0),
     }
-    for name, (found, needed) in odd.items():
-        if found != needed:
-            raise ConfigError(
-                f"config.model.{name} is {found!r}: only models laid out like the release ({needed!r}) have "
-                "names in its checkpoints"
-            )
+    require("the release", odd)
 
 
 def _rules(c: ModelConfig) -> Iterator[Rule]:
