@@ -41,7 +41,7 @@ def add(commands) -> None:
     p.add_argument("--verified", metavar="FILE", help="output of umm convert verify --json, for parity.json")
 
     p = command(of_convert, "verify", _verify, "Compare our numbers with tensors of a reference, row by row.")
-    p.add_argument("path", help="folder of fixtures: config.json, model.safetensors, a_*.safetensors, ...")
+    p.add_argument("path", help="folder of fixtures: config.json or fixture.json, *.safetensors")
     p.add_argument("--json", metavar="FILE", help="write the rows there too")
     p.add_argument(
         "--only", metavar="NAMES", help="fixture files to compare, comma-separated beginnings: a,g,h"
