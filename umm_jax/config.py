@@ -296,8 +296,8 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = (GroupConfig(),)
 
     def __post_init__(self):
-        if self.lr <= 0 or self.eps <= 0 or self.warmup < 0 or self.muon_ns_steps < 1:
-            raise ConfigError("lr, eps and muon_ns_steps must be positive, warmup at least 0")
+        if min(self.lr, self.warmup) < 0 or self.eps <= 0 or self.muon_ns_steps < 1:
+            raise ConfigError("lr and warmup must be at least 0, eps and muon_ns_steps positive")
         if not all(0 <= x < 1 for x in (self.b1, self.b2, self.muon_momentum)):
             raise ConfigError(
                 f"b1, b2 and muon_momentum are in [0, 1), got {self.b1}, {self.b2}, {self.muon_momentum}"
