@@ -15,7 +15,10 @@ def environment(devices: int = 1) -> dict[str, str]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # On a busy machine the threads of all devices need more than the 40 seconds a collective is given.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=100 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
 

@@ -140,7 +140,7 @@ def test_an_unknown_implementation_is_refused():
     with pytest.raises(ConfigError, match="choose one of auto, blocks, kernels"):
         MixtureConfig(attention="flash")
     q = jnp.zeros((1, 2, 1, 8))
-    with pytest.raises(ValueError, match="choose one of auto, blocks, kernels"):
+    with pytest.raises(ConfigError, match="choose one of auto, blocks, kernels"):
         attend(q, q, q, implementation="flash")
 
 

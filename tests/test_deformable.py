@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from parity import small
 
+from umm_jax.errors import ConfigError
 from umm_jax.models import deformable, deformable_rows
 from umm_jax.models.deformable import choose, sample
 
@@ -182,5 +183,5 @@ def test_choose_and_errors():
     inputs = tuple(map(jnp.asarray, _inputs()))
     with pytest.raises(ValueError, match="34 cells in 3 levels; values have"):
         sample(inputs[0][:, :, 1:], *inputs[1:], SIDES)
-    with pytest.raises(ValueError, match="'slow' is unknown; choose one of auto, rows, gather, hat, pallas"):
+    with pytest.raises(ConfigError, match="'slow' is unknown; choose one of auto, rows, gather, hat, pallas"):
         sample(*inputs, SIDES, implementation="slow")

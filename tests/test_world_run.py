@@ -1,7 +1,6 @@
 """The families on the real world, through the command line: the same on 8 devices and after any death."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jobs import environment
 
 from umm_jax import cli
 from umm_jax.train.checkpoint import load_params
@@ -62,16 +62,6 @@ def command(world, workdir, steps, *overrides):
         "--config.train.eval_every=0",
         *overrides,
     ]
-
-
-def environment(devices=1):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 def run(argv, devices=1, timeout=600):
