@@ -159,6 +159,8 @@ def test_what_cannot_be_loaded_is_tried_once_and_what_can_is_loaded_once(monkeyp
     assert made == [1] and [e.spec.name for e in registry.chain("image_gen")] == ["slow"]
     with pytest.raises(ConfigError, match="'none' cannot be loaded"):
         registry.get("none")
+    registry.add(Toy("none"))  # one that is given after all
+    assert registry.get("none").spec.name == "none"
 
 
 def test_what_stands_in_for_a_model_is_marked_and_asked_last():

@@ -14,7 +14,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Says an argument's default where its text does not, and there is one."""
 
     def _get_help_string(self, action):
-        if "(default" in (action.help or "") or action.default in (None, "", [], False):
+        silent = action.default is False or action.default in (None, "", [])
+        if silent or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

@@ -119,7 +119,8 @@ def _key(request: dict[str, Any]) -> str:
         versions.append(importlib.metadata.version("libtpu"))
     asked = [request[name] for name in ("topology", "slices", "quick")]
     # What else a compiler goes by, and for the devices here, where that is.
-    flags = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+    child = environment(request["topology"] is not None)
+    flags = {k: v for k, v in child.items() if k.startswith(("JAX_", "XLA_", "LIBTPU_"))}
     if request["topology"] is None:
         flags |= {"host": platform.node(), "devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     said = json.dumps([config, asked, versions, flags, _code()], sort_keys=True)

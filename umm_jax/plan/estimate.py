@@ -8,8 +8,8 @@
               its, whichever is longer
     exposed   of communication that nothing is computed beside, and of what the rest cannot hide
 
-Against two published steps, 32B on 64 v5p and 8B on 256 v6e, the method of cycles and kernels gave 1.02 and
-0.96 of what was measured; both are bound by computation. Nothing here is a measurement.
+Against two published steps, 32B on 64 v5p and 8B on 256 v6e, cycles and kernels, theirs at half of the peak,
+gave 1.02 and 0.96 of what was measured; both are bound by computation. Nothing here is a measurement.
 """
 
 import math

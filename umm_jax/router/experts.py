@@ -212,9 +212,9 @@ class Registry:
     def get(self, name: str) -> Expert:
         """Raises ConfigError where there is none of this name, or it cannot be loaded, now or before."""
         with self._lock:
-            if name in self._failed:
-                raise self._failed[name]
             if name not in self._made:
+                if name in self._failed:
+                    raise self._failed[name]
                 if name not in self.places:
                     raise ConfigError(f"expert {name!r} is unknown{suggest(name, self.names)}")
                 try:

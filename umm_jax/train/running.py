@@ -53,6 +53,7 @@ class Running:
         self,
         run: RunConfig,
         workdir: Path,
+        *,
         plan: states.Plan,
         compiled: Callable,
         loader: Any,
