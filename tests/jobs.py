@@ -15,6 +15,10 @@ def environment(devices: int = 1) -> dict[str, str]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        # XLA runs virtual devices in one pool of as many threads as there are devices. A collective blocks
+        # its thread until all its devices are there, and a device may wait in several: in a pool that small,
+        # devices in different collectives can wait for one another for ever.
+        "NPROC": "64",
         # On a busy machine the threads of all devices need more than the 40 seconds a collective is given.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=100 "
