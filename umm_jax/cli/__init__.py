@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from umm_jax.cli import convert, data, launch, plan, route, runs
+from umm_jax.cli import convert, data, evaluate, launch, plan, route, runs
 from umm_jax.cli.grammar import Parser, command
 from umm_jax.config import suggest
 from umm_jax.errors import ConfigError, StorageError, UserError
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     top = Parser(prog="umm", description="Conversational unified multimodal models in JAX.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for group in (data, runs, plan, launch, convert, route):
+    for group in (data, runs, evaluate, plan, launch, convert, route):
         group.add(commands)
     command(commands, "version", _version, "Print the versions of umm_jax and of what it stands on.")
     return top

@@ -1,4 +1,4 @@
-"""Commands about runs: train, eval, report, chat, demo."""
+"""Commands about runs: train, report, chat, demo."""
 
 import contextlib
 import os
@@ -24,14 +24,6 @@ def add(commands) -> None:
     p.add_argument("--coordinator", help="HOST:PORT of a job's first process; auto asks the cluster")
     p.add_argument("--processes", type=positive, help="of the job")
     p.add_argument("--process", type=natural, help="which of them this is, from 0")
-
-    p = command(commands, "eval", _eval, "Judge a run on the skills of its world, beside shortcut oracles.")
-    p.add_argument("--run", dest="folder", required=True, help="folder of the run")
-    p.add_argument("--step", type=int, help="checkpoint to judge (default: the newest)")
-    p.add_argument("--splits", help="held-out splits, comma-separated (default: those of the config)")
-    p.add_argument("--items", type=positive, help="items per skill (default: that of the config)")
-    p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
-    p.add_argument("--again", action="store_true", help="judge anew what was already judged")
 
     p = command(
         commands, "replay", _replay, "Say which rows of a batch that went wrong have what loss, part by part."
@@ -89,24 +81,6 @@ def _train(args) -> None:
         watched = run.train.eval_every and run.train.objective == "model"
         on_eval = in_training(run, args.workdir) if watched else None
         train(run, args.workdir, on_eval=on_eval, ideal=ideal_seconds)
-
-
-def _eval(args) -> None:
-    from umm_jax.evaluate import cost
-
-    with cost.stage(args.folder, "evaluate"):
-        from umm_jax.evaluate import runner
-
-        splits = args.splits.split(",") if args.splits else None
-        results = runner.evaluate(
-            args.folder,
-            step=args.step,
-            splits=splits,
-            items=args.items,
-            weights=args.weights,
-            again=args.again,
-        )
-    print(runner.summary(results))
 
 
 def _replay(args) -> None:

@@ -1,0 +1,1 @@
+"""Formulas of benchmarks, one idea a file: numbers in, numbers out, each with its source."""

@@ -1,0 +1,177 @@
+"""Replies as lines of JSON: what the runner appends while it asks, and what other programs hand in.
+
+    {"id": "262148000", "text": "down"}                 from anywhere; also "scores": [...], "images": ["a.png"],
+                                                        "boxes": [[x0, y0, x1, y1]] in fractions of the picture,
+                                                        "masks": [COCO's {"size", "counts"}]
+    {"id": ..., "request": ..., "turns": [...], ...}    the runner's own, pictures named by their hash
+
+A line that was being written when a run died is torn: the last one is dropped, and its doc is asked again.
+A torn line anywhere else is damage, and said so.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umm_jax.conversation import PARTS, Box, Image, ImageData, Mask, Part, Text, Turn
+from umm_jax.data.gate import Limits, examine
+from umm_jax.data.quarantine import Rejected
+from umm_jax.errors import DataError
+from umm_jax.evaluate.contract import Response
+from umm_jax.evaluate.measures import rle
+
+MEDIA = "media"  # the folder of a run's pictures, beside its responses
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, a torn last line left out.
+
+    Raises:
+        DataError: not there, or damaged elsewhere; names the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+        except (ValueError, UnicodeDecodeError) as error:
+            # The last line has no line break after it unless it was written to its end.
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
+        found.append(value)
+    return found
+
+
+def read(path: str | Path) -> dict[str, Response]:
+    """{id: response} of a file.
+
+    Raises:
+        DataError: not there, damaged, a line of neither form, or an id that is there twice.
+    """
+    path = Path(path)
+    found: dict[str, Response] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        where = f"{path}, response {number}"
+        response = parse(line, path.parent, where)
+        if response.id in found:
+            raise DataError(
+                f"{where}: a response for id {response.id!r} came before; each doc is answered once: "
+                "remove one of the two"
+            )
+        found[response.id] = response
+    return found
+
+
+def parse(line: Mapping[str, Any], folder: Path, where: str) -> Response:
+    """A line of either form; pictures are read from `folder`. Raises DataError."""
+    if "id" not in line:
+        raise DataError(f"{where}: has no 'id'")
+    id = str(line["id"])
+    try:
+        scores = tuple(float(s) for s in line.get("scores") or ())
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: 'scores' must be numbers, one for each option") from None
+    if any(math.isnan(s) for s in scores):
+        raise DataError(f"{where}: 'scores' holds NaN")
+    if line.get("error"):
+        return Response(id, error=str(line["error"]))
+    if "turns" in line:
+        try:
+            turns = tuple(Turn("assistant", tuple(_part(p) for p in turn)) for turn in line["turns"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise DataError(f"{where}: a turn cannot be read ({error})") from None
+        refs = [part.ref for turn in turns for part in turn.parts if isinstance(part, Image)]
+        images = {ref: picture(folder / MEDIA / ref, where) for ref in refs}
+        return Response(id, turns, images, scores)
+    return _foreign(id, line, scores, folder, where)
+
+
+def _foreign(id: str, line: Mapping[str, Any], scores, folder: Path, where: str) -> Response:
+    """A reply as other programs write it."""
+    if not line.keys() & {"text", "scores", "images", "boxes", "masks"}:
+        raise DataError(f"{where}: has none of 'text', 'scores', 'images', 'boxes', 'masks'")
+    text = line.get("text") or ""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: 'text' must be a string, it is {str(text)[:60]!r}")
+    parts: list[Part] = [Text(text)] if text else []
+    images = {}
+    for name in line.get("images") or ():
+        images[name] = picture(folder / name, where)
+        parts.append(Image(name))
+    for box in line.get("boxes") or ():
+        if not isinstance(box, Sequence) or len(box) != 4 or not all(_finite(v) for v in box):
+            raise DataError(f"{where}: a box must be four numbers, it is {str(box)[:80]}")
+        parts.append(Box("", tuple(float(v) for v in box)))
+    parts += [Mask.from_array("", rle.decode(mask, where)) for mask in line.get("masks") or ()]
+    return Response(id, (Turn("assistant", tuple(parts)),), images, scores)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _part(plain: Mapping[str, Any]) -> Part:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "kind"}
+    return PARTS[plain["kind"]](**fields)
+
+
+def picture(path: Path, where: str) -> ImageData:
+    """A picture a response names, whole and readable.
+
+    Raises:
+        DataError: missing, damaged, or one that the gate rejects.
+    """
+    try:
+        return examine(path.read_bytes(), Limits()).image
+    except OSError as error:
+        raise DataError(f"{where}: the picture {path} cannot be read: {error.strerror or error}") from None
+    except Rejected as error:
+        raise DataError(f"{where}: the picture {path}: {error}") from None
+
+
+def line_of(response: Response, **further: Any) -> dict[str, Any]:
+    """The runner's form of a response, pictures named by their hash; see :func:`save_pictures`."""
+    names = {ref: f"{image.sha256}.png" for ref, image in response.images.items()}
+    turns = []
+    for turn in response.turns:
+        parts = [{"kind": part.kind, **vars(part)} for part in turn.parts]
+        turns.append([p | {"ref": names[p["ref"]]} if p["kind"] == Image.kind else p for p in parts])
+    line: dict[str, Any] = {"id": response.id, **further}
+    if response.error:
+        return line | {"error": response.error}
+    if turns:
+        line["turns"] = turns
+    if response.scores:
+        line["scores"] = list(response.scores)
+    return line
+
+
+def check_ids(found: Iterable[str], wanted: Sequence[str], what: str, *, partial: bool = False) -> None:
+    """Whether responses are of these docs: all of them, or with `partial` some.
+
+    Raises:
+        DataError: responses to docs that are not there (another version of the benchmark), or docs without.
+    """
+    found, known = set(found), set(wanted)
+    if strangers := sorted(found - known):
+        raise DataError(
+            f"{what}: {len(strangers)} of {len(found)} responses are to ids this benchmark does not have "
+            f"({', '.join(strangers[:3])}): they belong to another split or version of it"
+        )
+    missing = [id for id in wanted if id not in found]
+    if missing and (not partial or not found):
+        raise DataError(
+            f"{what}: {len(missing)} of {len(wanted)} docs have no response ({', '.join(missing[:3])}); "
+            "ask them, or score those that are there with --partial"
+        )

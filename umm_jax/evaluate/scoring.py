@@ -1,0 +1,171 @@
+"""From responses to figures: marks every reply, adds up, and says what the figures stand on.
+
+A score file (``umm eval score --json``) holds
+
+    schema, task, headline, scale    what was measured
+    metrics                          {figure: {"value", "stderr", "n", "n_invalid", "reason"}}
+    n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked
+    parse_rate                       share of the marked replies in which something could be read
+    cost_class, judge, settings, prompt_hash, post, dataset_hash, responses_hash, versions
+    docs                             {id: headline figure of that doc}, for paired comparisons
+
+Figures that differ in judge, settings, prompt, post-processing or data are not comparable, and
+``umm eval table`` says so.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from umm_jax import __version__
+from umm_jax import config as configs
+from umm_jax.data.files import write_atomic
+from umm_jax.errors import DataError
+from umm_jax.evaluate import responses as replies
+from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Task
+from umm_jax.evaluate.source import Source
+
+SCHEMA = 1
+
+
+def settings_of(task: Task, values: Mapping[str, Any] | None = None) -> Any:
+    """The task's Settings with these values. Raises ConfigError."""
+    return configs.from_dict(task.Settings, values or {}, f"settings of {task.name}")
+
+
+def docs_of(task: Task, source: Any, settings: Any, limit: int | None = None) -> list[Doc]:
+    """The docs, at most `limit`; every id once. Raises DataError."""
+    docs = list(task.docs(source, settings))
+    seen = set()
+    for doc in docs:
+        if doc.id in seen:
+            raise DataError(f"{task.name}: the annotations hold the id {doc.id!r} twice")
+        seen.add(doc.id)
+    if not docs:
+        raise DataError(f"{task.name}: the annotations hold nothing to ask")
+    return docs[:limit]
+
+
+def mark(
+    task: Task, docs: Sequence[Doc], found: Mapping[str, Response], settings: Any
+) -> tuple[list[Record], int]:
+    """Records of the docs that have a response, and how many of those are failures."""
+    records, failed = [], 0
+    for doc in docs:
+        response = found.get(doc.id)
+        if response is None:
+            continue
+        if response.error:
+            failed += 1
+            continue
+        marks = task.mark(doc, response, settings)
+        records.append(Record(doc, marks))
+    return records, failed
+
+
+def result(
+    task: Task,
+    settings: Any,
+    records: Sequence[Record],
+    *,
+    dataset_hash: str,
+    responses_hash: str = "",
+    failed: int = 0,
+    limit: int | None = None,
+    judge: str | None = None,
+) -> dict[str, Any]:
+    """The content of a score file."""
+    scores = task.total(records, settings)
+    head = scores[task.headline]
+    return {
+        "schema": SCHEMA,
+        "task": task.name,
+        "version": task.version,
+        "headline": task.headline,
+        "scale": list(task.scale),
+        "metrics": {name: asdict(score) for name, score in scores.items()},
+        "n": head.n,
+        "n_invalid": head.n_invalid,
+        "n_failed": failed,
+        "stderr": head.stderr,
+        "parse_rate": _share_of(records),
+        "cost_class": task.cost,
+        "judge": judge,
+        "settings": configs.to_dict(settings),
+        "prompt_hash": digest(task.prompt),
+        "post": task.post,
+        "dataset_hash": dataset_hash,
+        "responses_hash": responses_hash,
+        "limit": limit,
+        "versions": {"umm_jax": __version__},
+        "docs": {r.doc.id: _own(task, r.marks) for r in records if _own(task, r.marks) is not None},
+    }
+
+
+def _own(task: Task, marks: Marks) -> float | None:
+    return marks.values.get(task.headline)
+
+
+def _share_of(records: Sequence[Record]) -> float | None:
+    return sum(not r.marks.invalid for r in records) / len(records) if records else None
+
+
+def digest(text: str) -> str:
+    """Of a prompt or another small text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def score(
+    task: Task,
+    root: str | Path,
+    responses: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    partial: bool = False,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Figures from published annotations and a file of responses alone.
+
+    Args:
+        root: folder of the annotations. responses: see ``evaluate/responses.py``.
+        settings: what differs from the task's Settings.
+        partial: score the docs that have a response, where some have none.
+
+    Raises:
+        DataError: annotations missing or damaged, responses damaged, twice for one doc, or of other docs.
+        ConfigError: unknown settings.
+    """
+    chosen = settings_of(task, settings)
+    source = Source(root, task.name, task.files)
+    docs = docs_of(task, source, chosen, limit)
+    found = replies.read(responses)
+    replies.check_ids(found, [doc.id for doc in docs], str(responses), partial=partial)
+    records, failed = mark(task, docs, found, chosen)
+    return result(
+        task,
+        chosen,
+        records,
+        dataset_hash=source.digest,
+        responses_hash=hashlib.sha256(Path(responses).read_bytes()).hexdigest(),
+        failed=failed,
+        limit=limit,
+    )
+
+
+def write(path: str | Path, figures: Mapping[str, Any]) -> None:
+    """Raises StorageError."""
+    write_atomic(path, json.dumps(figures, indent=1, allow_nan=False) + "\n")
+
+
+def lines(figures: Mapping[str, Any]) -> str:
+    """The figures for the terminal."""
+    found = [f"{figures['task']}: n {figures['n']}, invalid {figures['n_invalid']}, failed {figures['n_failed']}"]
+    for name, one in figures["metrics"].items():
+        value = "-" if one["value"] is None else f"{one['value']:.2f}"
+        spread = "" if one["stderr"] is None else f" ± {one['stderr']:.2f}"
+        why = f"  ({one['reason']})" if one["reason"] else ""
+        found.append(f"  {name:32} {value}{spread}{why}")
+    return "\n".join(found)

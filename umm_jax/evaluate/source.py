@@ -1,0 +1,131 @@
+"""The user's folder of published annotations: read, never downloaded; what is missing is named.
+
+Annotations are small; pictures are only pointed at. Every file that was read goes into `digest`, so that
+figures of two versions of a benchmark are never set side by side.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from umm_jax.errors import DataError
+
+_BLOCK = 1 << 20
+
+
+class Source:
+    """A benchmark's folder.
+
+    Args:
+        root: where the published files lie. name: of the benchmark, for complaints.
+        where: where its authors publish the files, in words.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    def __init__(self, root: str | Path, name: str = "", where: str = ""):
+        self.root, self.name, self.where = Path(root), name, where
+        self._read: dict[str, str] = {}
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: no such folder; --data-root is the one with the files of {name}")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the names and contents of all files read so far."""
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self._read.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def path(self, *names: str) -> Path:
+        """The first of these that is there, below the folder.
+
+        Raises:
+            DataError: none is; says what to put where.
+        """
+        for name in names:
+            if (self.root / name).exists():
+                return self.root / name
+        wanted = " or ".join(str(self.root / name) for name in names)
+        where = f"; {self.where}" if self.where else ""
+        raise DataError(f"{self.name or 'this benchmark'} needs {wanted}, which is not there{where}")
+
+    def bytes(self, *names: str) -> bytes:
+        """The content of the first of these that is there. Raises DataError."""
+        path = self.path(*names)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        self._read[str(path.relative_to(self.root))] = hashlib.sha256(data).hexdigest()
+        return data
+
+    def text(self, *names: str, encoding: str = "utf-8-sig") -> str:
+        """Raises DataError, also where the file is no text."""
+        try:
+            return self.bytes(*names).decode(encoding)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path(*names)}: is not {encoding}: {error.reason}") from None
+
+    def json(self, *names: str) -> Any:
+        """Raises DataError: not there, or no JSON."""
+        text = self.text(*names)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.path(*names)}: damaged: {error}") from None
+
+    def lines(self, *names: str) -> list[Any]:
+        """The values of a file of JSON lines; empty ones are left out. Raises DataError."""
+        found = []
+        for number, line in enumerate(self.text(*names).splitlines(), 1):
+            if line.strip():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{self.path(*names)}, line {number}: damaged: {error}") from None
+        return found
+
+    def table(self, *names: str, delimiter: str = "\t") -> list[dict[str, str]]:
+        """The rows of a table whose first line names its columns. Raises DataError."""
+        csv.field_size_limit(sys.maxsize)  # pictures in base64 are long
+        rows = list(csv.DictReader(self.text(*names).splitlines(keepends=True), delimiter=delimiter))
+        if not rows:
+            raise DataError(f"{self.path(*names)}: no rows; a table whose first line names its columns")
+        return rows
+
+    def picture(self, *names: str) -> Path:
+        """Where a picture lies: the first of these that is there, else the first; it is opened when asked.
+
+        Raises:
+            DataError: the name leads out of the folder.
+        """
+        root = self.root.resolve()
+        for name in names:
+            if not (root / name).resolve().is_relative_to(root):
+                raise DataError(f"{self.root}: the picture name {name!r} leads out of the folder")
+        return next((self.root / n for n in names if (self.root / n).exists()), self.root / names[0])
+
+
+def take(entry: Any, key: str, of: Path | str, kinds: type | tuple[type, ...] = object) -> Any:
+    """A value of an annotation. Raises DataError, naming the file, where it is missing or of another type."""
+    try:
+        value = entry[key]
+    except (KeyError, TypeError, IndexError):
+        raise DataError(f"{of}: an entry has no {key!r}: {str(entry)[:120]}") from None
+    if not isinstance(value, kinds):
+        raise DataError(f"{of}: {key!r} is of another type than the release's: {str(value)[:120]}")
+    return value
+
+
+def unique(ids: Sequence[str], of: Path | str) -> Iterator[str]:
+    """The ids, one by one. Raises DataError at one that was there before."""
+    seen = set()
+    for one in ids:
+        if one in seen:
+            raise DataError(f"{of}: the id {one!r} is there twice; the file is not that of the release")
+        seen.add(one)
+        yield one
