@@ -74,9 +74,9 @@ def test_own_pictures_are_fed_back_turn_by_turn(dialogues):
     outcomes = ask(perfect, dialogues)
     assert [o.item for o in outcomes] == dialogues
     for o in outcomes:
-        o.conversation.validate()
-        assert len(o.replies) == len(o.item.expected) == 5 and len(o.conversation.turns) == 10
-        drawn = [p.ref for t in o.conversation.turns for p in t.parts if isinstance(p, Image)]
+        o.asked.conversation.validate()
+        assert len(o.asked.turns) == len(o.item.expected) == 5 and len(o.asked.conversation.turns) == 10
+        drawn = [p.ref for t in o.asked.conversation.turns for p in t.parts if isinstance(p, Image)]
         assert drawn and all(ref.startswith("drawn-") for ref in drawn)
     figures = runner.judge_all(Judge(WORLD), outcomes)
     assert figures["dialogue_all_turns"][0] == figures["dialogue_turn_accuracy"][0] == 1

@@ -547,7 +547,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     # Overrides are checked against the completed tree, so that defaults can be overridden too.
     complete = to_dict(from_dict(RunConfig, raw))
     for text in overrides:
-        _override(complete, text)
+        override(complete, text)
     return from_dict(RunConfig, complete)
 
 
@@ -567,7 +567,8 @@ _OPEN = (
 )
 
 
-def _override(tree: dict, text: str) -> None:
+def override(tree: dict, text: str) -> None:
+    """Sets in place what ``--config.a.b=value`` says of a complete config. Raises ConfigError."""
     text = text.removeprefix("--").removeprefix("config.")
     name, equals, value = text.partition("=")
     if not equals:

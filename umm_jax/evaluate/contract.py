@@ -1,11 +1,11 @@
-"""What a benchmark is: things to ask, what a reply is worth, and how that adds up. Pure data, no model, no chance.
+"""What a benchmark is: things to ask, what a reply is worth, and how that adds up. No model, no chance.
 
     Task      docs(source, settings) -> Doc ...       what is asked, with the right answers
               mark(doc, response, settings) -> Marks  what one reply is worth
               total(records, settings) -> Score ...   the figures of all of them
 
-A task is one file of ``evaluate/tasks``; formulas that several share are in ``evaluate/measures``. Replies come
-from a model (``evaluate/asking.py``) or from somebody's file (``evaluate/responses.py``): marking needs neither.
+A task is one file of ``evaluate/tasks``; formulas that several share are in ``evaluate/measures``. Replies
+come from a model (``evaluate/asking.py``) or from a file (``evaluate/responses.py``): marking needs neither.
 """
 
 import math
@@ -155,6 +155,7 @@ class Task:
 
     Attributes:
         name: as it is called on the command line.
+        source: what `docs` is given: a ``source.Source`` of the user's files, or the WorldConfig of a run.
         docs: (source, settings) -> Docs in the benchmark's own order; reads annotations, opens no picture.
         mark: (doc, response, settings) -> Marks; never sees a response with an error.
         headline: the figure a table shows.
@@ -171,7 +172,7 @@ class Task:
     """
 
     name: str
-    docs: Callable[["Source", Any], Iterable[Doc]]
+    docs: Callable[[Any, Any], Iterable[Doc]]
     mark: Callable[[Doc, Response, Any], Marks]
     headline: str
     total: Callable[[Sequence[Record], Any], Mapping[str, Score]]
@@ -183,6 +184,7 @@ class Task:
     cost: Literal["A", "B", "C"] = "A"
     version: int = 1
     scale: tuple[float, float] = (0, 100)
+    source: Literal["files", "world"] = "files"
 
 
 # --- adding up ----------------------------------------------------------------------------------------

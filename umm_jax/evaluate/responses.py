@@ -1,8 +1,9 @@
 """Replies as lines of JSON: what the runner appends while it asks, and what other programs hand in.
 
-    {"id": "262148000", "text": "down"}                 from anywhere; also "scores": [...], "images": ["a.png"],
-                                                        "boxes": [[x0, y0, x1, y1]] in fractions of the picture,
-                                                        "masks": [COCO's {"size", "counts"}]
+    {"id": "262148000", "text": "down"}                 from anywhere; also "scores": [...],
+                                                        "images": ["a.png"], "boxes": [[x0, y0, x1, y1]] in
+                                                        fractions of the picture, "masks": [COCO's {"size",
+                                                        "counts"}]
     {"id": ..., "request": ..., "turns": [...], ...}    the runner's own, pictures named by their hash
 
 A line that was being written when a run died is torn: the last one is dropped, and its doc is asked again.

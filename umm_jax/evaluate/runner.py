@@ -20,13 +20,16 @@ from tqdm import tqdm
 
 from umm_jax import config as configs
 from umm_jax.config import ReplySettings, RunConfig
-from umm_jax.conversation import Conversation, ImageData, Turn
+from umm_jax.conversation import ImageData
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import DataError
+from umm_jax.evaluate import asking
+from umm_jax.evaluate.asking import Asked
 from umm_jax.evaluate.report import HEADLINE
-from umm_jax.evaluate.world_expert import world_executor
+from umm_jax.evaluate.tasks.world import doc_of, world_of
+from umm_jax.evaluate.world_expert import attended, world_executor
 from umm_jax.families.contract import Replier
-from umm_jax.generate import load_run, seed_of
+from umm_jax.generate import load_run
 from umm_jax.router.replies import attend
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
@@ -42,12 +45,10 @@ Report = Mapping[str, tuple[float, int, float]]
 
 @dataclass
 class Outcome:
-    """What became of one item: the conversation as it was had, and of it the model's turns and pictures."""
+    """An item as it was answered, and what that is worth."""
 
     item: Item
-    conversation: Conversation
-    replies: list[Turn] = field(default_factory=list)
-    images: dict[str, ImageData] = field(default_factory=dict)
+    asked: Asked
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -56,12 +57,7 @@ class Outcome:
         return self.scores.get("dialogue_all_turns", next(iter(self.scores.values()))) == 1
 
 
-def world_of(run: RunConfig) -> WorldConfig:
-    """The world a run learnt from and is judged in."""
-    return WorldConfig.preset(run.world.preset, **run.world.overrides)
-
-
-# --- asking -------------------------------------------------------------------------------------------
+# --- asking and judging -------------------------------------------------------------------------------
 
 
 def ask(
@@ -75,37 +71,22 @@ def ask(
 ) -> list[Outcome]:
     """Has every item answered, dialogues turn by turn with the model's own pictures; in the order of `items`.
 
-    Items of like shape go together and every batch has `batch_size` rows, the last one filled up with
-    repetitions, so that few programs are compiled.
+    Raises:
+        DataError: one that the model cannot be asked: the world's own items all can be.
     """
-
-    def shape(index: int) -> tuple:
-        c = items[index].conversation
-        return len(items[index].user_turns), len(c.images), sum(len(t.spelt()) for t in c.turns), index
-
-    order = sorted(range(len(items)), key=shape)
-    outcomes = [Outcome(item, item.conversation) for item in items]
-    for start in range(0, len(order), batch_size):
-        batch = [outcomes[i] for i in order[start : start + batch_size]]
-        for turn in range(1 + max(len(o.item.user_turns) for o in batch)):
-            asked = [o for o in batch if turn <= len(o.item.user_turns)]
-            rows = (asked + [asked[-1]] * batch_size)[:batch_size]
-            seeds = [seed_of(seed, o.item.id, turn) for o in rows]
-            replies = replier.reply([o.conversation for o in rows], settings, seeds)
-            for outcome, reply in zip(asked, replies):
-                outcome.replies.append(reply.turn)
-                outcome.images |= reply.images
-                outcome.conversation = outcome.conversation.with_turn(reply.turn, reply.images)
-                if turn < len(outcome.item.user_turns):
-                    outcome.conversation = outcome.conversation.with_turn(outcome.item.user_turns[turn])
-            progress(len(asked))
-    return outcomes
+    batches = asking.batches([doc_of(item) for item in items], batch_size)
+    answered = asking.ask(replier, batches, settings, seed=seed, batch_size=batch_size, progress=progress)
+    found = {asked.doc.id: asked for batch in answered for asked in batch}
+    for asked in found.values():
+        if asked.error:
+            raise DataError(f"{asked.doc.id}: {asked.error}")
+    return [Outcome(item, found[item.id]) for item in items]
 
 
 def judge_all(judge: Judge, outcomes: Sequence[Outcome]) -> Report:
     """Scores every outcome in place; the figures of the skill."""
     for o in outcomes:
-        o.scores = skills.score(judge, o.item, o.replies, o.images)
+        o.scores = skills.score(judge, o.item, o.asked.turns, o.asked.images)
     return skills.report(outcomes[0].item.skill, [o.scores for o in outcomes])
 
 
@@ -163,7 +144,7 @@ def evaluate(
         again,
     )
     judge = Judge(world)
-    attend(loaded.replier, world_executor(world))
+    replier = attended(loaded)
     for split, name, number in plan:
         if store.has(split, name, number):
             print(f"{split}/{name}: judged already")
@@ -172,7 +153,7 @@ def evaluate(
         replies = sum(1 + len(item.user_turns) for item in todo)
         with tqdm(total=replies, desc=f"{split}/{name}", unit=" replies", disable=None) as bar:
             outcomes = ask(
-                loaded.replier,
+                replier,
                 todo,
                 run.reply,
                 seed=section.seed,
@@ -266,8 +247,8 @@ def _samples(judge: Judge, split: str, outcomes: Sequence[Outcome]) -> Iterator[
         item, first = o.item, len(o.item.conversation.turns)
         verdicts = {}
         if item.user_turns:
-            for i, (one, turn) in enumerate(zip(item.expected, o.replies)):
-                right = skills.turn_right(judge, one, turn, o.images)
+            for i, (one, turn) in enumerate(zip(item.expected, o.asked.turns)):
+                right = skills.turn_right(judge, one, turn, o.asked.images)
                 verdicts[str(first + 2 * i)] = {"ok": right, "expected": expected(one)}
         yield {
             "split": split,
@@ -276,7 +257,7 @@ def _samples(judge: Judge, split: str, outcomes: Sequence[Outcome]) -> Iterator[
             "id": item.id,
             "ok": o.ok,
             "scores": o.scores,
-            "conversation": o.conversation.to_msgpack(),
+            "conversation": o.asked.conversation.to_msgpack(),
             "verdicts": verdicts,
             "expected": expected(item.expected[0]),
             "target": None if item.user_turns else shown(item.target),

@@ -162,7 +162,9 @@ def write(path: str | Path, figures: Mapping[str, Any]) -> None:
 
 def lines(figures: Mapping[str, Any]) -> str:
     """The figures for the terminal."""
-    found = [f"{figures['task']}: n {figures['n']}, invalid {figures['n_invalid']}, failed {figures['n_failed']}"]
+    found = [
+        f"{figures['task']}: n {figures['n']}, invalid {figures['n_invalid']}, failed {figures['n_failed']}"
+    ]
     for name, one in figures["metrics"].items():
         value = "-" if one["value"] is None else f"{one['value']:.2f}"
         spread = "" if one["stderr"] is None else f" ± {one['stderr']:.2f}"

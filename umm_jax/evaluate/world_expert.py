@@ -5,8 +5,12 @@ how well it asks, and not how well somebody draws.
 """
 
 from umm_jax.conversation import ImageData
+from umm_jax.evaluate.tasks.world import world_of
+from umm_jax.families.contract import Replier
+from umm_jax.generate import Loaded
 from umm_jax.router.execute import Executor
 from umm_jax.router.experts import ExpertError, Medium, Registry, Request, Result, Spec
+from umm_jax.router.replies import attend
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import WorldConfig
 from umm_jax.world.state import apply
@@ -44,3 +48,9 @@ def world_executor(config: WorldConfig) -> Executor:
     registry = Registry({})
     registry.add(WorldExpert(config))
     return Executor(registry)
+
+
+def attended(loaded: Loaded) -> Replier:
+    """A loaded model; one that writes calls has what they ask for done by the rules of its run's world."""
+    attend(loaded.replier, world_executor(world_of(loaded.run)))
+    return loaded.replier

@@ -1,8 +1,11 @@
 """From a run directory to replies: ``load("runs/demo").reply([conversation], settings, seeds)``."""
 
+import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from umm_jax import config as configs
 from umm_jax.config import RunConfig
@@ -31,34 +34,110 @@ class Loaded:
     parameters: int
 
 
-def load_run(run_dir: str | Path, step: int | None = None, weights: str | None = None) -> Loaded:
+@dataclass(frozen=True)
+class Identity:
+    """What tells a trained model from others, found without loading it.
+
+    Attributes:
+        run: its config. folder: of the run. step: the checkpoint's; weights: "raw" or "ema".
+        fingerprint: hash of the checkpoint's files by name, size and, where they are small, content; of the
+            tokenizer; of weights and overrides. A copy of a run has that of the run.
+    """
+
+    run: RunConfig
+    folder: str
+    step: int
+    weights: str
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for records."""
+        said = {"folder": self.folder, "family": self.run.family, "step": self.step}
+        return said | {"weights": self.weights, "fingerprint": self.fingerprint}
+
+
+_WHOLE = 1 << 16  # files of at most so many bytes go into a fingerprint with all they hold
+
+
+def identify(
+    run_dir: str | Path,
+    step: int | None = None,
+    weights: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Identity:
+    """What :func:`load_run` of the same arguments would load, and raises the same."""
+    from umm_jax.train.checkpoint import Checkpoints
+
+    folder = Path(run_dir)
+    run = configs.load(_config(folder), list(overrides))
+    weights = weights or run.eval.weights
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    step = checkpoints.latest() if step is None else step
+    if step not in checkpoints.steps():
+        has = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are: {has}")
+    told = hashlib.sha256(f"{weights} {sorted(overrides)}\n".encode())
+    saved = folder / "checkpoints" / str(step)
+    for path in (folder / "tokenizer.model", *sorted(saved.rglob("*"))):
+        if path.is_file():
+            size = path.stat().st_size
+            told.update(f"{path.relative_to(folder)} {size}\n".encode())
+            told.update(path.read_bytes() if size <= _WHOLE else b"")
+    return Identity(run, str(run_dir), step, weights, told.hexdigest()[:16])
+
+
+def _config(folder: Path) -> Path:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no run here (no config.json); train one: umm train --config=FILE --workdir={folder}"
+        )
+    return path
+
+
+def load_run(
+    run_dir: str | Path,
+    step: int | None = None,
+    weights: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Loaded:
     """Reads config.json, tokenizer.model and a checkpoint of a run.
 
     Args:
         step: the newest checkpoint unless given.
         weights: "raw", or "ema" for the averaged ones; what the run is judged by unless given.
+        overrides: ``--config.a.b=VALUE``, of how it replies; of its model, what no parameter depends on.
 
     Raises:
         CheckpointError: not a run directory, no such checkpoint, or none of averaged weights.
-        DataError: its tokenizer cannot be read.
+        ConfigError: overrides. DataError: its tokenizer cannot be read.
     """
     folder = Path(run_dir)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no run here (no config.json); train one: umm train --config=FILE --workdir={folder}"
-        )
+    run = configs.load(_config(folder), list(overrides))
     from umm_jax import families
     from umm_jax.data.tokenizer import Tokenizer
     from umm_jax.train.checkpoint import Checkpoints, load_params
     from umm_jax.train.optimizer import flatten
 
-    weights = weights or configs.load(folder / "config.json").eval.weights
+    weights = weights or run.eval.weights
     if step is None:
         step = Checkpoints(folder / "checkpoints", read_only=True).latest()
-    run, model_config, params = load_params(folder, weights=weights, step=step)
+    _, model_config, params = load_params(folder, weights=weights, step=step)
+    model_config = _overridden(model_config, overrides)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     replier = families.get(run.family).generate.Replier(model_config, params, tokenizer)
     return Loaded(run, step, weights, replier, sum(leaf.size for leaf in flatten(params).values()))
+
+
+def _overridden(model_config: Any, overrides: Sequence[str]) -> Any:
+    """A saved model's config, and of it what the overrides say of ``config.model``."""
+    of_model = [o for o in overrides if o.startswith("--config.model.")]
+    if not of_model:
+        return model_config
+    changed = {"model": configs.to_dict(model_config)}
+    for text in of_model:
+        configs.override(changed, text)
+    return configs.from_dict(type(model_config), changed["model"], "config.model")
 
 
 def load(run_dir: str | Path, step: int | None = None, weights: str | None = None) -> Replier:

@@ -47,7 +47,7 @@ class Lock:
         return said | {"beats": self._beats}
 
     def _write(self) -> None:
-        fresh = self.path.with_name(f"{NAME}.{self.job}")
+        fresh = self.path.with_name(f"{self.path.name}.{self.job}")
         fresh.write_text(json.dumps(self._said()))
         os.replace(fresh, self.path)
 
@@ -101,15 +101,17 @@ def is_alive(said: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, beat: float = BEAT, patience: int = PATIENCE) -> Iterator[Lock]:
-    """Holds the lock of a run folder, which is made.
+def held(
+    folder: Path, *, name: str = NAME, beat: float = BEAT, patience: int = PATIENCE
+) -> Iterator[Lock]:
+    """Holds the lock called `name` of a run folder, which is made.
 
     Raises:
         BusyError: another job holds it, and lives.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / NAME, beat)
+    lock = Lock(folder / name, beat)
     _take(lock, patience)
     lock._thread.start()
     try:
