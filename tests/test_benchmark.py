@@ -1,0 +1,388 @@
+"""Benchmarks over files: asking, keeping, resuming, scoring, tables and sweeps; models are plain rules."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from umm_jax import cli
+from umm_jax.config import ReplySettings
+from umm_jax.conversation import Image, ImageData, Text, Turn
+from umm_jax.errors import BusyError, ConfigError, DataError
+from umm_jax.evaluate import benchmark, scoring, sweep, table, tasks
+from umm_jax.evaluate.contract import Response
+from umm_jax.evaluate.responses import read, read_lines
+from umm_jax.evaluate.store import Appending, Folder
+from umm_jax.train.lock import held
+
+MODEL = {"folder": "runs/x", "step": 3, "weights": "raw", "family": "rules", "fingerprint": "f0"}
+PICTURE = ImageData.from_array(np.zeros((4, 4, 3), np.uint8))
+
+
+class Rules:
+    """Answers with the question's last word and its seed; draws when asked to; notes what it was asked."""
+
+    def __init__(self, answer=lambda conversation, seed: f"word {seed % 7}"):
+        self.answer, self.asked, self.batches = answer, [], []
+
+    def reply(self, conversations, settings, seeds):
+        self.batches.append([c.id for c in conversations])
+        found = []
+        for c, seed in zip(conversations, seeds):
+            self.asked.append(c.id)
+            said = self.answer(c, seed)
+            if isinstance(said, ImageData):
+                turn, images = Turn("assistant", (Image("out"),)), {"out": said}
+            else:
+                turn, images = Turn("assistant", (Text(said),)), {}
+            found.append(SimpleNamespace(turn=turn, images=images))
+        return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    """VQAv2's two files with ten questions, and the pictures of all but the last."""
+    root = tmp_path / "data"
+    (root / "val2014").mkdir(parents=True)
+    questions, annotations = [], []
+    for i in range(10):
+        questions.append({"question_id": i, "image_id": i, "question": "Which word" + " now" * (i % 3) + "?"})
+        answers = [{"answer": f"word {(i + j // 5) % 7}", "answer_id": j + 1} for j in range(10)]
+        annotations.append({"question_id": i, "image_id": i, "answers": answers, "answer_type": "other"})
+        if i < 9:
+            (root / "val2014" / f"COCO_val2014_{i:012d}.jpg").write_bytes(PICTURE.data)
+    (root / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+    (root / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
+    return root
+
+
+def planned(data, model=MODEL, **changes):
+    job = benchmark.Job(**{"task": "vqav2", "settings": {}, "data_root": str(data), "reply": {}} | changes)
+    return benchmark.plan(job, model, None, ReplySettings())
+
+
+def run(folder, data, replier, batch_size=4, index=0, count=1, **changes):
+    made = planned(data, **changes)
+    benchmark.write_plan(folder, made, changes.get("model", MODEL))
+    return benchmark.run(folder, made, replier, batch_size=batch_size, index=index, count=count)
+
+
+# --- asking and keeping -----------------------------------------------------------------------------
+
+
+def test_what_is_answered_is_not_asked_again(tmp_path, data):
+    rules = Rules()
+    spent = run(tmp_path / "out", data, rules)
+    assert spent.docs == 10 and sorted(set(rules.asked)) == [str(i) for i in range(9)]
+    assert all(len(batch) == 4 for batch in rules.batches)
+    again = Rules()
+    assert run(tmp_path / "out", data, again).docs == 0 and again.asked == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": MODEL | {"fingerprint": "other"}},
+        {"seed": 1},
+        {"reply": {"max_tokens": 3}},
+        {"settings": {"prompt": "mm_interleaved"}},
+    ],
+)
+def test_another_request_is_asked_anew(tmp_path, data, changes):
+    run(tmp_path / "out", data, Rules())
+    assert run(tmp_path / "out", data, Rules(), **changes).docs == 10
+
+
+def test_another_picture_is_another_request(tmp_path, data):
+    run(tmp_path / "out", data, Rules())
+    other = ImageData.from_array(np.ones((4, 4, 3), np.uint8))
+    (data / "val2014" / "COCO_val2014_000000000003.jpg").write_bytes(other.data)
+    rules = Rules()
+    assert run(tmp_path / "out", data, rules).docs == 1 and set(rules.asked) == {"3"}
+    assert set(Folder(tmp_path / "out").responses()) == {str(i) for i in range(10)}
+
+
+def test_a_run_goes_on_after_a_torn_line(tmp_path, data):
+    whole = tmp_path / "whole"
+    run(whole, data, Rules())
+    lines = Folder(whole).shards()[0].read_bytes()
+    for cut in (len(lines) - 3, len(lines) // 2, 5, 0):
+        out = tmp_path / f"cut{cut}"
+        benchmark.write_plan(out, planned(data), MODEL)
+        path = out / "responses-00000-of-00001.jsonl"
+        path.write_bytes(lines[:cut])
+        kept = len(read_lines(path))
+        spent = run(out, data, Rules())
+        assert spent.docs == 10 - kept
+        assert sorted(path.read_bytes().splitlines()) == sorted(lines.splitlines())
+
+
+def test_damage_elsewhere_is_said(tmp_path, data):
+    run(tmp_path / "out", data, Rules())
+    path = Folder(tmp_path / "out").shards()[0]
+    path.write_bytes(b'{"id": "1", \n' + path.read_bytes())
+    with pytest.raises(DataError, match="line 1: not a JSON object"):
+        run(tmp_path / "out", data, Rules())
+
+
+def test_a_picture_that_cannot_be_read_is_a_counted_failure(tmp_path, data):
+    (data / "val2014" / "COCO_val2014_000000000002.jpg").write_bytes(b"no picture")
+    run(tmp_path / "out", data, Rules())
+    found = Folder(tmp_path / "out").responses()
+    assert "COCO_val2014_000000000009.jpg" in found["9"].error
+    assert "COCO_val2014_000000000002.jpg" in found["2"].error
+    figures = benchmark.score(tmp_path / "out")
+    assert figures["n_failed"] == 2 and figures["n"] == 8 and figures["n_invalid"] == 0
+
+
+def test_one_that_cannot_be_answered_takes_none_of_its_batch_along(tmp_path, data):
+    def answer(conversation, seed):
+        if conversation.id == "4":
+            raise DataError("record 4: too long")
+        return f"word {seed % 7}"
+
+    run(tmp_path / "out", data, Rules(answer))
+    run(tmp_path / "plain", data, Rules())
+    found, plain = (Folder(tmp_path / n).responses() for n in ("out", "plain"))
+    assert found["4"].error == "record 4: too long"
+    assert all(found[i].text == plain[i].text for i in found if i not in "49")
+
+
+def test_shares_ask_the_same_batches_as_one_process(tmp_path, data):
+    one, shared = Rules(), Rules()
+    run(tmp_path / "one", data, one, batch_size=3)
+    for index in (1, 0):
+        run(tmp_path / "two", data, shared, batch_size=3, index=index, count=2)
+    assert sorted(one.batches) == sorted(shared.batches)
+    found = [{id: r.turns for id, r in Folder(tmp_path / n).responses().items()} for n in ("one", "two")]
+    assert found[0] == found[1] and len(found[0]) == 10
+    figures = [benchmark.score(tmp_path / n) for n in ("one", "two")]
+    assert figures[0] == figures[1]
+
+
+def test_two_that_write_one_share_are_refused(tmp_path, data):
+    out = tmp_path / "out"
+    benchmark.write_plan(out, planned(data), MODEL)
+    with held(out, name="run-0-of-1.lock"), pytest.raises(BusyError):
+        run(out, data, Rules())
+    assert run(out, data, Rules()).docs == 10
+
+
+def test_pictures_of_replies_are_kept_and_read_back(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write_plan({}, [("a", "h")])
+    drawn = Response("a", (Turn("assistant", (Text("here"), Image("x"))),), {"x": PICTURE})
+    shard = Appending(folder, 0, 1)
+    shard.add([(drawn, "h")])
+    shard.close()
+    found = folder.responses()["a"]
+    assert found.text == "here" and [p.data for p in found.pictures] == [PICTURE.data]
+    (tmp_path / "media" / f"{PICTURE.sha256}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="a: the picture"):
+        folder.responses()
+
+
+# --- scoring ----------------------------------------------------------------------------------------
+
+
+def responses(path, texts):
+    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in texts.items()))
+    return path
+
+
+def test_score_needs_a_response_to_every_doc_and_to_no_other(tmp_path, data):
+    task = tasks.get("vqav2")
+    full = {str(i): "word 0" for i in range(10)}
+    good = scoring.score(task, data, responses(tmp_path / "r", full))
+    assert good["n"] == 10 and good["parse_rate"] == 1
+    with pytest.raises(DataError, match="1 of 11 responses are to ids"):
+        scoring.score(task, data, responses(tmp_path / "r", full | {"77": "x"}))
+    del full["3"]
+    with pytest.raises(DataError, match=r"1 of 10 docs have no response \(3\)"):
+        scoring.score(task, data, responses(tmp_path / "r", full))
+    assert scoring.score(task, data, tmp_path / "r", partial=True)["n"] == 9
+    (tmp_path / "r").write_text('{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n')
+    with pytest.raises(DataError, match="came before"):
+        read(tmp_path / "r")
+
+
+def test_empty_replies_are_invalid_and_counted(tmp_path, data):
+    texts = {str(i): "" if i < 4 else "word 1" for i in range(10)}
+    found = scoring.score(tasks.get("vqav2"), data, responses(tmp_path / "r", texts))
+    assert found["n_invalid"] == found["metrics"]["accuracy"]["n_invalid"] == 4
+    assert found["parse_rate"] == pytest.approx(0.6)
+
+
+def test_the_command_writes_what_the_figures_stand_on(tmp_path, data, capsys):
+    path = responses(tmp_path / "r.jsonl", {str(i): f"word {i % 7}" for i in range(10)})
+    words = ["eval", "score", "--task=vqav2", f"--data-root={data}", f"--responses={path}"]
+    assert cli.main([*words, f"--json={tmp_path / 'out.json'}"]) == 0
+    out = json.loads((tmp_path / "out.json").read_text())
+    # Of ten answers five are "word i": left out in turn, 4 or 5 others match, which is at least 3.
+    assert out["metrics"]["accuracy"]["value"] == 100 and out["stderr"] == 0
+    assert (out["n"], out["n_invalid"]) == (10, 0)
+    assert {"dataset_hash", "prompt_hash", "post", "cost_class", "judge", "settings"} <= out.keys()
+    assert cli.main([*words[:-1], "--responses=nowhere"]) == 3
+    assert cli.main([*words, "--set", "split=test"]) == 3
+    assert "v2_OpenEnded_mscoco_test2014_questions.json, which is not there" in capsys.readouterr().err
+    assert cli.main([*words, "--set", "spilt=test"]) == 2
+
+
+def test_scores_are_of_the_annotations_that_were_asked(tmp_path, data):
+    run(tmp_path / "out", data, Rules())
+    path = data / "v2_mscoco_val2014_annotations.json"
+    path.write_text(path.read_text().replace("word 1", "word 9"))
+    with pytest.raises(DataError, match="not those the docs were asked from"):
+        benchmark.score(tmp_path / "out")
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def scored(tmp_path, data, name, texts, **settings):
+    figures = scoring.score(
+        tasks.get("vqav2"), data, responses(tmp_path / f"{name}.jsonl", texts), settings=settings
+    )
+    scoring.write(tmp_path / f"{name}.json", figures)
+    return table.Column(name, table.read(tmp_path / f"{name}.json"))
+
+
+def test_cells_that_are_not_comparable_are_marked(tmp_path, data):
+    right = {str(i): f"word {i % 7}" for i in range(10)}
+    a = scored(tmp_path, data, "a", right)
+    b = scored(tmp_path, data, "b", right | {"0": "no", "1": "no", "2": "no"})
+    made = table.build([a, b])
+    first, second = made.rows["vqav2"]
+    assert first.value == 100 and second.value == pytest.approx(70) and not second.marks
+    assert first.p is None and 0.01 < second.p < 0.3
+    changed = dict(b.scores["vqav2"]) | {"judge": "gpt", "dataset_hash": "0"}
+    made = table.build([a, table.Column("c", {"vqav2": changed})])
+    cell = made.rows["vqav2"][1]
+    assert cell.p is None and cell.marks == (1,)
+    assert made.notes == ["not comparable with the first of its row: another annotations, judge"]
+    for text in (table.markdown(made), table.comma_separated(made), table.page(made, "t")):
+        assert "another annotations, judge" in text
+
+
+def test_the_paired_bootstrap_knows_equal_from_different():
+    ids = [str(i) for i in range(200)]
+    rng = np.random.default_rng(0)
+    a = dict(zip(ids, rng.random(200)))
+    same = {i: v + e for (i, v), e in zip(a.items(), rng.normal(0, 0.1, 200))}
+    worse = {i: v - 0.1 + e for (i, v), e in zip(a.items(), rng.normal(0, 0.1, 200))}
+    assert table.paired(a, a) == 1
+    assert table.paired(a, worse) < 0.001 < table.paired(a, same)
+    assert table.paired(a, {"0": 1.0}) is None
+    # 30 docs, of which 4 got worse by one: about as often as chance moves a mean so far.
+    some = {str(i): float(i < 4) for i in range(30)}
+    assert 0.005 < table.paired(some, dict.fromkeys(some, 0.0)) < 0.1
+
+
+def test_a_damaged_score_file_is_said(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        table.read(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(DataError, match="no score file"):
+        table.read(tmp_path / "x.json")
+    with pytest.raises(DataError, match="no score.json"):
+        table.read(tmp_path)
+
+
+# --- sweeps -----------------------------------------------------------------------------------------
+
+
+def test_plans_are_put_together():
+    ab, xy = sweep.over("run", ["a", "b"]), sweep.over("task", ["x", "y"])
+    assert sweep.product(ab, xy) == [{"run": r, "task": t} for r in "ab" for t in "xy"]
+    assert sweep.zipped(ab, xy) == [{"run": "a", "task": "x"}, {"run": "b", "task": "y"}]
+    assert sweep.chain(ab, xy) == [*ab, *xy]
+    reply = sweep.product([{"reply": {"top_p": 0.9}}], [{"reply": {"temperature": 1.0}}])
+    assert reply == [{"reply": {"top_p": 0.9, "temperature": 1.0}}]
+    with pytest.raises(ConfigError, match="not as many"):
+        sweep.zipped(ab, xy[:1])
+    with pytest.raises(ConfigError, match="sets run"):
+        sweep.product(ab, ab)
+
+
+def plan_file(tmp_path, body):
+    path = tmp_path / "plan.py"
+    path.write_text("from umm_jax.evaluate.sweep import *\ndef get_sweep():\n    return " + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("[]", "gives no cell"),
+        ("[dict(run='a', tusk='b')]", "tusk: unknown key; did you mean 'task'"),
+        ("[dict(run='a', task='world-edit')] * 2", "same cell is there twice"),
+        ("[dict(run='a', task='world-edit', limit=i) for i in (1, 2)]", "one place of the table"),
+        ("[dict(run='a', task='wurld-edit')]", "did you mean 'world-edit'"),
+    ],
+)
+def test_wrong_plans_are_said(tmp_path, body, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.read(plan_file(tmp_path, body))
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Runs "a" and "b" whose models are rules; "c" is none. `models.asked` is every doc that was asked."""
+    from umm_jax.config import RunConfig
+
+    known = SimpleNamespace(asked=[], die_after=None, loads=[])
+
+    def answer(conversation, seed):
+        if known.die_after is not None and len(known.asked) >= known.die_after:
+            raise KeyboardInterrupt
+        known.asked.append(conversation.id)
+        return f"word {seed % 7}"
+
+    def identify(folder, step=None, weights=None, overrides=()):
+        if folder == "c":
+            raise DataError("c: no run here")
+        return sweep.Identity(RunConfig(family="mm_interleaved", model={}), folder, 3, "raw", folder * 3)
+
+    def load_run(folder, *args):
+        known.loads.append(folder)
+        return SimpleNamespace(replier=Rules(answer))
+
+    monkeypatch.setattr(sweep, "identify", identify)
+    monkeypatch.setattr(sweep, "load_run", load_run)
+    monkeypatch.setattr(sweep, "attended", lambda loaded: loaded.replier)
+    return known
+
+
+def cells(data):
+    parts = sweep.over("run", ["a", "b", "c"]), sweep.over("limit", [8]), sweep.over("batch_size", [2])
+    made = sweep.product(*parts, sweep.over("task", ["vqav2"]), sweep.over("data_root", [str(data)]))
+    return [sweep.Cell(**cell) for cell in made]
+
+
+def test_a_cell_that_fails_stops_no_other(tmp_path, data, models):
+    said = []
+    failed, spent = sweep.run(cells(data), tmp_path, say=said.append)
+    assert failed == 1 and spent.docs == 16 and models.loads == ["a", "b"]
+    assert "failed: c: no run here" in " ".join(said)
+    made = sweep.gathered(cells(data), tmp_path)
+    assert [c.missing for c in made.rows["vqav2"]] == ["", "", "failed: c: no run here"]
+    lines = list(sweep.dry_run(cells(data), tmp_path))
+    assert [line.split(": ")[1] for line in lines[:2]] == ["cached", "cached"]
+    assert "cannot be run: c: no run here" in lines[2] and "3 cells, 0 docs to ask" in lines[3]
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, data, models):
+    sweep.run(cells(data), tmp_path / "whole")
+    whole = [p.read_bytes() for p in sweep.write_tables(cells(data), tmp_path / "whole", "t")]
+    models.asked.clear()
+    for stop in (3, 5, 9, 13, None):
+        models.die_after = stop
+        try:
+            sweep.run(cells(data), tmp_path / "parts")
+        except KeyboardInterrupt:
+            pass
+    assert [p.read_bytes() for p in sweep.write_tables(cells(data), tmp_path / "parts", "t")] == whole
+    kept = [line for f in (tmp_path / "parts").rglob("responses-*") for line in read_lines(f)]
+    assert len(kept) == 16 == len({(line["id"], line["request"]) for line in kept})
