@@ -1,5 +1,6 @@
 """Benchmarks over files: asking, keeping, resuming, scoring, tables and sweeps; models are plain rules."""
 
+import base64
 import json
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ def planned(data, model=MODEL, **changes):
 def run(folder, data, replier, batch_size=4, index=0, count=1, **changes):
     made = planned(data, **changes)
     benchmark.write_plan(folder, made, changes.get("model", MODEL))
-    return benchmark.run(folder, made, replier, batch_size=batch_size, index=index, count=count)
+    return benchmark.run(folder, made, lambda: replier, batch_size=batch_size, index=index, count=count)
 
 
 # --- asking and keeping -----------------------------------------------------------------------------
@@ -347,11 +348,11 @@ def models(monkeypatch):
 
     def load_run(folder, *args):
         known.loads.append(folder)
-        return SimpleNamespace(replier=Rules(answer))
+        return Rules(answer)
 
     monkeypatch.setattr(sweep, "identify", identify)
     monkeypatch.setattr(sweep, "load_run", load_run)
-    monkeypatch.setattr(sweep, "attended", lambda loaded: loaded.replier)
+    monkeypatch.setattr(sweep, "attended", lambda loaded: loaded)
     return known
 
 
@@ -386,3 +387,22 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, data, models):
     assert [p.read_bytes() for p in sweep.write_tables(cells(data), tmp_path / "parts", "t")] == whole
     kept = [line for f in (tmp_path / "parts").rglob("responses-*") for line in read_lines(f)]
     assert len(kept) == 16 == len({(line["id"], line["request"]) for line in kept})
+
+
+def test_headlines_of_groups_are_compared_by_group(tmp_path):
+    options = {"A": "cat", "B": "dog"}
+    rows = ["\t".join(["index", "image", "question", *options, "answer", "category", "split"])]
+    png = base64.b64encode(PICTURE.data).decode()
+    for index in range(4):
+        rows.append("\t".join([str(index), png, "which?", *options.values(), "A", "x", "dev"]))
+    (tmp_path / "mmbench_dev_en.tsv").write_text("\n".join(rows) + "\n")
+    task = tasks.get("mmbench")
+    settings = scoring.settings_of(task)
+    name = settings.names[0]
+    (tmp_path / "mmbench_dev_en.tsv").rename(tmp_path / name)
+    docs = scoring.docs_of(task, scoring.Source(tmp_path, task.name), settings)
+    texts = {d.id: d.target["answer"] if int(d.id) % 1_000_000 else "A" for d in docs}
+    texts["0"] = "B"
+    found = scoring.score(task, tmp_path, responses(tmp_path / "r", texts))
+    assert found["docs"] == {"0": 0.0, "1": 1.0, "2": 1.0, "3": 1.0}
+    assert found["metrics"]["circular"]["value"] == 75

@@ -6,14 +6,24 @@ the number of processes, or where a run was resumed.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, ImageData, Turn
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Response
-from umm_jax.families.contract import Replier
+from umm_jax.families.contract import Reply
 from umm_jax.generate import seed_of
+
+
+class Model(Protocol):
+    """What is asked: ``generate.Loaded``, or anything that does the same."""
+
+    def reply(self, conversations, settings, seeds) -> Sequence[Reply]:
+        """See ``families.contract.Replier``."""
+
+    def score(self, conversation: Conversation, options: Sequence[str]) -> Sequence[float]:
+        """A log-probability for each option; asked for docs with options alone."""
 
 
 @dataclass
@@ -24,13 +34,14 @@ class Asked:
     conversation: Conversation
     turns: list[Turn] = field(default_factory=list)
     images: dict[str, ImageData] = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
     error: str = ""
 
     @property
     def response(self) -> Response:
         if self.error:
             return Response(self.doc.id, error=self.error)
-        return Response(self.doc.id, tuple(self.turns), self.images)
+        return Response(self.doc.id, tuple(self.turns), self.images, self.scores)
 
 
 def batches(docs: Sequence[Doc], batch_size: int) -> list[list[Doc]]:
@@ -44,7 +55,7 @@ def batches(docs: Sequence[Doc], batch_size: int) -> list[list[Doc]]:
 
 
 def ask(
-    replier: Replier,
+    model: Model,
     asked: Iterable[Sequence[Doc]],
     settings: ReplySettings,
     *,
@@ -67,15 +78,17 @@ def ask(
         batch = [_begun(doc) for doc in docs]
         for turn in range(1 + max(len(a.doc.then) for a in batch)):
             due = [a for a in batch if turn <= len(a.doc.then)]
-            if able := [a for a in due if not a.error]:
-                _take_turn(replier, able, turn, settings, seed, batch_size)
+            for one in [a for a in due if a.doc.options and not a.error]:
+                _rank(model, one)
+            if able := [a for a in due if not (a.doc.options or a.error)]:
+                _take_turn(model, able, turn, settings, seed, batch_size)
             progress(len(due))
         yield batch
 
 
 def shape(doc: Doc) -> tuple[int, ...]:
     """Docs of one shape run through the same programs, as far as can be told without reading pictures."""
-    return len(doc.then), len(doc.images), sum(len(turn.spelt()) for turn in doc.turns)
+    return len(doc.options), len(doc.then), len(doc.images), sum(len(turn.spelt()) for turn in doc.turns)
 
 
 def _begun(doc: Doc) -> Asked:
@@ -85,16 +98,23 @@ def _begun(doc: Doc) -> Asked:
         return Asked(doc, Conversation(doc.id, doc.turns), error=str(error))
 
 
-def _take_turn(replier, asked: list[Asked], turn: int, settings, seed: int, batch_size: int) -> None:
+def _rank(model: Model, asked: Asked) -> None:
     try:
-        replies = _replies(replier, asked, turn, settings, seed, batch_size)
+        asked.scores = tuple(model.score(asked.conversation, asked.doc.options))
+    except DataError as error:
+        asked.error = str(error)
+
+
+def _take_turn(model: Model, asked: list[Asked], turn: int, settings, seed: int, batch_size: int) -> None:
+    try:
+        replies = _replies(model, asked, turn, settings, seed, batch_size)
     except DataError as error:
         if len(asked) == 1:
             asked[0].error = str(error)
             return
         # One of them cannot be answered; alone, the others get the replies they would have had.
         for one in asked:
-            _take_turn(replier, [one], turn, settings, seed, batch_size)
+            _take_turn(model, [one], turn, settings, seed, batch_size)
         return
     for one, reply in zip(asked, replies):
         one.turns.append(reply.turn)
@@ -104,7 +124,7 @@ def _take_turn(replier, asked: list[Asked], turn: int, settings, seed: int, batc
             one.conversation = one.conversation.with_turn(one.doc.then[turn])
 
 
-def _replies(replier, asked: list[Asked], turn: int, settings, seed: int, batch_size: int) -> list:
+def _replies(model: Model, asked: list[Asked], turn: int, settings, seed: int, batch_size: int) -> list:
     rows = (asked + [asked[-1]] * batch_size)[:batch_size]
     seeds = [seed_of(seed, a.doc.id, turn) for a in rows]
-    return replier.reply([a.conversation for a in rows], settings, seeds)[: len(asked)]
+    return model.reply([a.conversation for a in rows], settings, seeds)[: len(asked)]

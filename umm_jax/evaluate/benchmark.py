@@ -8,10 +8,11 @@
 Each may be run again and does only what is left. `run` may be killed at any time.
 """
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from tqdm import tqdm
 
 from umm_jax import config as configs
 from umm_jax.config import ReplySettings
+from umm_jax.conversation import ImageData
 from umm_jax.errors import DataError
 from umm_jax.evaluate import asking, scoring, tasks
+from umm_jax.evaluate.asking import Model
 from umm_jax.evaluate.contract import Doc, Task
 from umm_jax.evaluate.responses import check_ids
 from umm_jax.evaluate.source import Source
 from umm_jax.evaluate.store import Appending, Folder
-from umm_jax.families.contract import Replier
 from umm_jax.train.lock import held
 from umm_jax.world.scene import WorldConfig
 
@@ -112,13 +114,11 @@ def _request(common: str, doc: Doc) -> str:
     """Hash of all that a reply depends on; a picture that cannot be read is one that is not there."""
     media = {}
     for name, image in doc.images.items():
-        if isinstance(image, Path):
-            try:
-                media[name] = hashlib.sha256(image.read_bytes()).hexdigest()
-            except OSError:
-                media[name] = ""
-        else:
-            media[name] = image.sha256
+        try:
+            data = image.data if isinstance(image, ImageData) else image.read_bytes()
+        except OSError:
+            data = b""
+        media[name] = hashlib.sha256(data).hexdigest()
     said = [[turn.role, [[p.kind, vars(p)] for p in turn.parts]] for turn in (*doc.turns, *doc.then)]
     told = json.dumps([common, doc.id, said, list(doc.options), media], default=str, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
@@ -175,23 +175,32 @@ class Spent:
 
 
 class _Timed:
-    """A replier whose time is taken."""
+    """A model whose time is taken."""
 
-    def __init__(self, replier: Replier, spent: Spent):
-        self.replier, self.spent = replier, spent
+    def __init__(self, model: Model, spent: Spent):
+        self.model, self.spent = model, spent
 
-    def reply(self, *args):
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
         try:
-            return self.replier.reply(*args)
+            yield
         finally:
             self.spent.in_model += time.perf_counter() - began
+
+    def reply(self, conversations, settings, seeds):
+        with self._timed():
+            return self.model.reply(conversations, settings, seeds)
+
+    def score(self, conversation, options):
+        with self._timed():
+            return self.model.score(conversation, options)
 
 
 def run(
     folder: str | Path,
     planned: Planned,
-    replier: Replier | Callable[[], Replier],
+    load: Callable[[], Model],
     *,
     batch_size: int,
     index: int = 0,
@@ -200,7 +209,7 @@ def run(
     """Asks what has no response yet.
 
     Args:
-        replier: or what loads it, called when there is something to ask.
+        load: called when there is something to ask.
         batch_size: docs asked together.
         index, count: of the processes that share the batches; each has every count-th one.
 
@@ -218,7 +227,7 @@ def run(
         ]
         if not todo:
             return spent
-        model = _Timed(replier if hasattr(replier, "reply") else replier(), spent)
+        model = _Timed(load(), spent)
         shard = Appending(stored, index, count)
         replies = sum(1 + len(doc.then) for batch in todo for doc in batch)
         label = f"{planned.task.name}{f' {index + 1}/{count}' if count > 1 else ''}"

@@ -11,13 +11,19 @@ come from a model (``evaluate/asking.py``) or from a file (``evaluate/responses.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part, Text, Turn
 from umm_jax.data.gate import Limits, examine
 from umm_jax.data.quarantine import Rejected
 from umm_jax.errors import DataError
+
+
+class Stored(Protocol):
+    """Where a picture lies: a Path, or a ``source.Embedded``. Its str names it for complaints."""
+
+    def read_bytes(self) -> bytes:
+        """Raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Doc:
     Attributes:
         id: its own in the benchmark, as text; replies are matched by it.
         turns: what the model is shown; the last is the user's.
-        images: the pictures they show; of a file, the path: it is read when the doc is asked, not before.
+        images: the pictures they show, or where they lie: they are read when the doc is asked, not before.
         then: further user turns, said one after each reply, whatever it was.
         options: continuations to be ranked by their probability, where nothing is written.
         target: the right answers, as the task's `mark` wants them; the model never sees it.
@@ -36,7 +42,7 @@ class Doc:
 
     id: str
     turns: tuple[Turn, ...]
-    images: Mapping[str, ImageData | Path] = field(default_factory=dict)
+    images: Mapping[str, ImageData | Stored] = field(default_factory=dict)
     then: tuple[Turn, ...] = ()
     options: tuple[str, ...] = ()
     target: Any = None
@@ -50,7 +56,7 @@ class Doc:
         """
         images = {}
         for name, image in self.images.items():
-            if isinstance(image, Path):
+            if not isinstance(image, ImageData):
                 try:
                     image = examine(image.read_bytes(), Limits()).image
                 except OSError as error:
@@ -62,12 +68,8 @@ class Doc:
 
 
 def user(*parts: Part | str) -> Turn:
-    """A user's turn; a str is a text, or the picture of that name where it begins with "@"."""
-    return Turn("user", tuple(_part(p) if isinstance(p, str) else p for p in parts))
-
-
-def _part(text: str) -> Part:
-    return Image(text[1:]) if text.startswith("@") else Text(text)
+    """A user's turn; a str is a text."""
+    return Turn("user", tuple(Text(p) if isinstance(p, str) else p for p in parts))
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class Task:
         cost: A needs annotations and a formula, B a fixed network too, C a judge.
         version: raised when the same replies would be worth something else.
         scale: what the headline is between; for the report.
+        units: (records, settings) -> {id: headline figure of that unit}, where the headline is of groups of
+            docs; for paired comparisons. Without it, the units are docs.
     """
 
     name: str
@@ -185,6 +189,7 @@ class Task:
     version: int = 1
     scale: tuple[float, float] = (0, 100)
     source: Literal["files", "world"] = "files"
+    units: Callable[[Sequence[Record], Any], Mapping[str, float]] | None = None
 
 
 # --- adding up ----------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def evaluate(
         again,
     )
     judge = Judge(world)
-    replier = attended(loaded)
+    attended(loaded)
     for split, name, number in plan:
         if store.has(split, name, number):
             print(f"{split}/{name}: judged already")
@@ -153,7 +153,7 @@ def evaluate(
         replies = sum(1 + len(item.user_turns) for item in todo)
         with tqdm(total=replies, desc=f"{split}/{name}", unit=" replies", disable=None) as bar:
             outcomes = ask(
-                replier,
+                loaded.replier,
                 todo,
                 run.reply,
                 seed=section.seed,

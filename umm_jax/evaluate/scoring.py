@@ -7,7 +7,7 @@ A score file (``umm eval score --json``) holds
     n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked
     parse_rate                       share of the marked replies in which something could be read
     cost_class, judge, settings, prompt_hash, post, dataset_hash, responses_hash, versions
-    docs                             {id: headline figure of that doc}, for paired comparisons
+    docs                             {id: headline figure of that doc or group}, for paired comparisons
 
 Figures that differ in judge, settings, prompt, post-processing or data are not comparable, and
 ``umm eval table`` says so.
@@ -25,7 +25,7 @@ from umm_jax import config as configs
 from umm_jax.data.files import write_atomic
 from umm_jax.errors import DataError
 from umm_jax.evaluate import responses as replies
-from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Task
+from umm_jax.evaluate.contract import Doc, Record, Response, Task
 from umm_jax.evaluate.source import Source
 
 SCHEMA = 1
@@ -101,12 +101,15 @@ def result(
         "responses_hash": responses_hash,
         "limit": limit,
         "versions": {"umm_jax": __version__},
-        "docs": {r.doc.id: _own(task, r.marks) for r in records if _own(task, r.marks) is not None},
+        "docs": dict(units(task, records, settings)),
     }
 
 
-def _own(task: Task, marks: Marks) -> float | None:
-    return marks.values.get(task.headline)
+def units(task: Task, records: Sequence[Record], settings: Any) -> Mapping[str, float]:
+    """{id: headline figure} of what the headline is a mean of: docs, or groups of them."""
+    if task.units:
+        return task.units(records, settings)
+    return {r.doc.id: r.marks.values[task.headline] for r in records if task.headline in r.marks.values}
 
 
 def _share_of(records: Sequence[Record]) -> float | None:

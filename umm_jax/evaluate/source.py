@@ -4,17 +4,52 @@ Annotations are small; pictures are only pointed at. Every file that was read go
 figures of two versions of a benchmark are never set side by side.
 """
 
+import base64
+import binascii
 import csv
 import hashlib
+import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from umm_jax.errors import DataError
 
 _BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture inside an annotation file, decoded when it is asked for.
+
+    Attributes:
+        where: names it, e.g. "dev.tsv, row 17". read: gives its bytes, or raises OSError.
+    """
+
+    where: str
+    read: Callable[[], bytes]
+
+    @classmethod
+    def in_base64(cls, where: str, text: str) -> "Embedded":
+        """One that is written in base64."""
+
+        def read() -> bytes:
+            try:
+                return base64.b64decode(text, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise OSError(f"no base64: {error}") from None
+
+        return cls(where, read)
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture. Raises OSError."""
+        return self.read()
+
+    def __str__(self) -> str:
+        return self.where
 
 
 class Source:
@@ -81,7 +116,8 @@ class Source:
     def lines(self, *names: str) -> list[Any]:
         """The values of a file of JSON lines; empty ones are left out. Raises DataError."""
         found = []
-        for number, line in enumerate(self.text(*names).splitlines(), 1):
+        # Not splitlines(), which breaks lines at marks that JSON texts may hold.
+        for number, line in enumerate(self.text(*names).split("\n"), 1):
             if line.strip():
                 try:
                     found.append(json.loads(line))
@@ -92,7 +128,7 @@ class Source:
     def table(self, *names: str, delimiter: str = "\t") -> list[dict[str, str]]:
         """The rows of a table whose first line names its columns. Raises DataError."""
         csv.field_size_limit(sys.maxsize)  # pictures in base64 are long
-        rows = list(csv.DictReader(self.text(*names).splitlines(keepends=True), delimiter=delimiter))
+        rows = list(csv.DictReader(io.StringIO(self.text(*names), newline=""), delimiter=delimiter))
         if not rows:
             raise DataError(f"{self.path(*names)}: no rows; a table whose first line names its columns")
         return rows

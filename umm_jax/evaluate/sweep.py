@@ -31,8 +31,7 @@ from umm_jax.evaluate import benchmark, scoring, table, tasks
 from umm_jax.evaluate.store import Folder
 from umm_jax.evaluate.tasks.world import world_of
 from umm_jax.evaluate.world_expert import attended
-from umm_jax.families.contract import Replier
-from umm_jax.generate import Identity, identify, load_run
+from umm_jax.generate import Identity, Loaded, identify, load_run
 
 Cells = list[dict[str, Any]]
 _MERGED = ("settings", "reply", "config")
@@ -265,16 +264,16 @@ class _Models:
     """The model loaded last."""
 
     def __init__(self):
-        self._key, self._replier = None, None
+        self._key, self._model = None, None
 
-    def loader(self, state: State) -> Callable[[], Replier]:
-        def load() -> Replier:
+    def loader(self, state: State) -> Callable[[], Loaded]:
+        def load() -> Loaded:
             cell, identity = state.cell, state.identity
             if self._key != identity.fingerprint:
-                self._replier = None  # given up before the next is loaded
+                self._model = None  # given up before the next is loaded
                 loaded = load_run(cell.run, identity.step, identity.weights, cell.overrides)
-                self._key, self._replier = identity.fingerprint, attended(loaded)
-            return self._replier
+                self._key, self._model = identity.fingerprint, attended(loaded)
+            return self._model
 
         return load
 

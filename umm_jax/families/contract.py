@@ -143,10 +143,13 @@ class Replier(Protocol):
     is asked for, see ``router.replies``.
 
     Attributes:
+        config, serializer: as the family's; what it replies with.
         params: the parameters replies are made with; may be replaced by others of the same shapes, and by
             None while they are in use elsewhere.
     """
 
+    config: Any
+    serializer: Serializer
     params: Any
 
     def reply(

@@ -1,16 +1,21 @@
 """From a run directory to replies: ``load("runs/demo").reply([conversation], settings, seeds)``."""
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umm_jax import config as configs
-from umm_jax.config import RunConfig
+from umm_jax.config import ReplySettings, RunConfig
+from umm_jax.conversation import Conversation
 from umm_jax.errors import CheckpointError
-from umm_jax.families.contract import Replier
+from umm_jax.families.contract import Replier, Reply
+
+if TYPE_CHECKING:
+    from umm_jax.generate.likelihood import Likelihood
 
 
 def seed_of(base: int, asked: str, turn: int) -> int:
@@ -20,7 +25,7 @@ def seed_of(base: int, asked: str, turn: int) -> int:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model ready to reply.
+    """A trained model ready to reply, and to say how probable it finds given replies.
 
     Attributes:
         run: the config it was trained by. step: the checkpoint's; weights: "raw" or "ema".
@@ -32,6 +37,25 @@ class Loaded:
     weights: str
     replier: Replier
     parameters: int
+
+    def reply(
+        self,
+        conversations: Sequence[Conversation],
+        settings: ReplySettings | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Reply]:
+        """See ``families.contract.Replier``."""
+        return self.replier.reply(conversations, settings, seeds)
+
+    def score(self, conversation: Conversation, options: Sequence[str]) -> tuple[float, ...]:
+        """See ``likelihood.Likelihood``."""
+        return self.likelihood(conversation, options)
+
+    @functools.cached_property
+    def likelihood(self) -> "Likelihood":
+        from umm_jax.generate.likelihood import Likelihood
+
+        return Likelihood(self.run.family, self.replier)
 
 
 @dataclass(frozen=True)

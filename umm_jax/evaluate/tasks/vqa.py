@@ -3,7 +3,8 @@
     VQAv2    v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/
     OK-VQA   OpenEnded_mscoco_val2014_questions.json, mscoco_val2014_annotations.json, val2014/
     VizWiz   val.json, a list of {image, question, answers, answerable}; val/
-    TextVQA  textvqa_val_questions.json and _annotations.json in VQAv2's form, or TextVQA_0.5.1_val.json; train_images/
+    TextVQA  textvqa_val_questions.json and _annotations.json in VQAv2's form, or TextVQA_0.5.1_val.json;
+             train_images/
 
 Whether TextVQA's prompt shows OCR tokens moves its figure by points: here it never does.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from umm_jax.conversation import Image
 from umm_jax.evaluate.contract import Doc, Marks, Response, Task, means, user
 from umm_jax.evaluate.measures import vqa
 from umm_jax.evaluate.source import Source, take
@@ -70,7 +72,7 @@ def _official(questions: str, annotations: str, pictures: str) -> Callable[[Sour
 
 
 def _doc(id: str, question: str, picture, answers: list[str], settings, group=None, hint: str = "") -> Doc:
-    turns = (user("@image", _asked(question, settings, hint)),)
+    turns = (user(Image("image"), _asked(question, settings, hint)),)
     return Doc(id, turns, {"image": picture}, target=answers, group=group or {})
 
 
