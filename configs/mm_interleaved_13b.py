@@ -25,8 +25,8 @@ PAIRS = dict(cut="document", merge=0.25)
 
 
 # By chips, see docs/performance.md. Kernels attend and sample, which a TPU has not run yet; the pictures of a
-# row are learned from in two halves, so that the UNet need not be run again. On v5e two chips share a row, and
-# its pictures.
+# row are learned from in two halves, so that the UNet need not be run again. On v5e, where there is less room,
+# they are in five parts and it is run again, so that a chip holds a row.
 SAMPLING = dict(implementation="pallas")
 KERNELS = dict(
     draw_chunk=15,
@@ -35,11 +35,11 @@ KERNELS = dict(
     unet=dict(remat="none", self_attention="kernels"),
     unet_sync=SAMPLING,
 )
-SHARED = KERNELS | dict(draw_chunk=10, unet=dict(self_attention="kernels"))
+SMALL = KERNELS | dict(draw_chunk=6, unet=dict(self_attention="kernels"))
 PRESETS = {
     "v5p-64": dict(model=KERNELS),
     "v6e-64": dict(model=KERNELS),
-    "v5e-256": dict(model=SHARED, mesh=dict(sequence=2), data=dict(batch_size=128)),
+    "v5e-256": dict(model=SMALL, data=dict(batch_size=256)),
 }
 
 
