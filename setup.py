@@ -20,7 +20,8 @@ def version() -> str:
 DATA = ["pyarrow>=15.0"]
 TFDS = ["tensorflow-datasets>=4.9.7"]  # reads ArrayRecord without TensorFlow
 LAUNCH = ["google-cloud-tpu>=1.23"]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11", *DATA, *TFDS, *LAUNCH]
+EVAL = ["pycocoevalcap>=1.2", "pycocotools>=2.0.8"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11", *DATA, *TFDS, *LAUNCH, *EVAL]
 TORCH = ["torch>=2.13", "transformers>=5.24", "diffusers>=0.42"]
 # The tests' torch is the CPU build that Python 3.11 can have. Newer Pythons would get gigabytes of CUDA from
 # the default index: there the tests that need torch are skipped, unless somebody installs the torch extra.
@@ -48,6 +49,8 @@ setup(
         # Importing parquet and arrow files.
         "data": DATA,
         "tfds": TFDS,
+        # Caption metrics, and masks from polygons, as the official evaluators have them.
+        "eval": EVAL,
         # umm data ... --beam; best in an environment of its own, for it pins much.
         "beam": ["apache-beam>=2.60"],
         # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.
@@ -57,7 +60,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],
     },
-    entry_points={"console_scripts": ["umm = umm_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["umm = umm_jax.cli:main"],
+        # Where lmms-eval is installed too, it finds our models there.
+        "lmms_eval.models": ["umm_jax = umm_jax.evaluate.plugs:manifest"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

@@ -1,4 +1,4 @@
-"""Visual question answering and Visual Dialog: official formulas, by hand; what is dubious in them, frozen."""
+"""Visual question answering and Visual Dialog: official formulas by hand; what is dubious in them, frozen."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def test_textvqa_splits_possessives_first():
 
 
 def test_soft_accuracy_leaves_each_answer_out_once():
-    # Left out in turn: 3 times one of the two matches (1 other), 8 times two others: (2 * 1/3 + 8 * 2/3) / 10.
+    # Of the two, each is left out once and leaves one match: 2 x 1/3; the other eight leave two: 8 x 2/3.
     assert vqa.vqa_accuracy("cat", ["cat"] * 2 + ["dog"] * 8) == pytest.approx((2 / 3 + 16 / 3) / 10)
     assert vqa.vqa_accuracy("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
     assert vqa.vqa_accuracy("cat", ["cat"] * 4 + ["dog"] * 6) == 1

@@ -58,13 +58,22 @@ class Model(nnx.Module):
             "image": jnp.sum(batch["images"]["segment_ids"] > 0) * float(SIDE * SIDE * 3),
         }
 
-    def loss_sums(self, batch, key):
+    def scores(self, batch):
         dtype = self.embedding.table[...].dtype
         ids = batch["tokens"]["ids"]
         x = self.embedding(ids, dtype) + self.position[...].astype(dtype)
         x = sharding.constrain(x, "batch", None, "embed")
         x, _ = layers.scan(self.blocks, lambda layer, x, _: (layer(x), None), x)
-        scores = jax.nn.log_softmax(self.head(x).astype(jnp.float32))
+        return jax.nn.log_softmax(self.head(x).astype(jnp.float32))
+
+    def text_likelihood(self, batch):
+        scores, wanted, counted = self.scores(batch), batch["tokens"]["targets"], batch["tokens"]["loss"] > 0
+        nll = -jnp.take_along_axis(scores, wanted[..., None], -1)[..., 0]
+        greedy = (jnp.argmax(scores, -1) == wanted) | ~counted
+        return jnp.sum(nll * counted, axis=1), jnp.all(greedy, axis=1)
+
+    def loss_sums(self, batch, key):
+        scores, dtype = self.scores(batch), self.embedding.table[...].dtype
         wanted = batch["tokens"]["targets"]
         nll = -jnp.take_along_axis(scores, wanted[..., None], -1)[..., 0]
         weight = batch["tokens"]["loss"]

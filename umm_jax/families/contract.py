@@ -105,6 +105,12 @@ class Model(Protocol):
     def loss_sums(self, batch: Batch, key: "jax.Array") -> tuple[Sums, Pairs]:
         """({part: numerator}, {metric: (sum, weight)}), scalars; all randomness comes from `key`."""
 
+    def text_likelihood(self, batch: Batch) -> tuple["jax.Array", "jax.Array"]:
+        """Of each row the -log p of all text that is learned, and whether greedy decoding gives it: [B], [B].
+
+        As replies are made, not as training is: nothing is left out or made noisy at random.
+        """
+
 
 @runtime_checkable
 class AutoencoderModel(Model, Protocol):

@@ -48,8 +48,8 @@ class Loaded:
         return self.replier.reply(conversations, settings, seeds)
 
     def score(self, conversation: Conversation, options: Sequence[str]) -> tuple[float, ...]:
-        """See ``likelihood.Likelihood``."""
-        return self.likelihood(conversation, options)
+        """The log-probability of each option as the whole reply, see ``likelihood.Likelihood``."""
+        return tuple(likely.logprob for likely in self.likelihood(conversation, options))
 
     @functools.cached_property
     def likelihood(self) -> "Likelihood":

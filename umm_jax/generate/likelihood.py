@@ -1,10 +1,10 @@
 """How probable a model finds given replies: for benchmarks that rank answers and have none written."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from umm_jax import families
@@ -15,8 +15,15 @@ from umm_jax.models.layers import Keys
 from umm_jax.stream import rounded_up, stream_length
 
 
+class Likely(NamedTuple):
+    """How probable a reply is, in nats; and whether greedy decoding would give just it."""
+
+    logprob: float
+    greedy: bool
+
+
 class Likelihood:
-    """Log-probabilities of texts as whole replies, end included: what training would lose on them, negated.
+    """Log-probabilities of texts as whole replies, their end included.
 
     Args:
         family: its name. replier: whose parameters, config and serializer are used.
@@ -29,40 +36,35 @@ class Likelihood:
         build = families.get(family).model.build
         graphdef = nnx.split(nnx.eval_shape(lambda: build(replier.config, Keys(0))))[0]
 
-        def losses(params, rows):
-            model = nnx.merge(graphdef, nnx.State(params))
+        def nll(params, rows):
+            return nnx.merge(graphdef, nnx.State(params)).text_likelihood(rows)
 
-            def one(row):
-                alone = jax.tree.map(lambda x: x[None], row)
-                # What is drawn has no part in it, and the compiler leaves it out.
-                return model.loss_sums(alone, jax.random.key(0))[0]["text"].astype(jnp.float32)
+        self._nll = jax.jit(nll)
 
-            return jax.vmap(one)(rows)
-
-        self._losses = jax.jit(losses)
-
-    def __call__(self, conversation: Conversation, options: Sequence[str]) -> tuple[float, ...]:
-        """A log-probability (nats) for each option as the reply to `conversation`.
+    def __call__(self, conversation: Conversation, options: Sequence[str]) -> list[Likely]:
+        """For each option, as the reply to `conversation`.
 
         Raises:
             DataError: the conversation cannot be answered, or one of the options is empty.
         """
         conversation.check_unanswered()
         serializer = self.replier.serializer
+        # Only the reply counts, though records may learn earlier turns too.
+        silent = tuple(replace(turn, loss=False) for turn in conversation.turns)
+        said = replace(conversation, turns=silent)
         streams = [
-            serializer(conversation.with_turn(Turn("assistant", (Text(option),), loss=True)))
-            for option in options
+            serializer(said.with_turn(Turn("assistant", (Text(option),), loss=True))) for option in options
         ]
-        found: list[float] = []
+        found: list[Likely] = []
         for start in range(0, len(streams), self.rows):
             part = streams[start : start + self.rows]
             filled = (part + [part[-1]] * self.rows)[: self.rows]
             lengths = [stream_length(stream) for stream in filled]
             budget = {axis: self._room(max(one[axis] for one in lengths)) for axis in lengths[0]}
             rows = batch([pack_row([stream], serializer.spec, budget) for stream in filled])
-            nll = np.asarray(self._losses(self.replier.params, rows))
-            found += [-float(x) for x in nll[: len(part)]]
-        return tuple(found)
+            nll, greedy = self._nll(self.replier.params, rows)
+            found += [Likely(-float(x), bool(g)) for x, g in zip(nll[: len(part)], greedy)]
+        return found
 
     def _room(self, size: int) -> int:
         """Of an axis: no fewer than one, long ones rounded up."""

@@ -88,6 +88,16 @@ def token_losses(
     return tuple(jnp.moveaxis(a, 0, 1).reshape(b, t) for a in found)
 
 
+def row_likelihood(hidden, head, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log p of the targets that have a weight, by row, and whether each is the most probable: [B], bool [B].
+
+    Arguments as of :func:`token_losses`, and weights [B, T], of which only being above 0 counts.
+    """
+    nll, hits = token_losses(hidden, head, targets)
+    counted = weights > 0
+    return jnp.sum(jnp.where(counted, nll, 0.0), axis=1), jnp.all((hits > 0) | ~counted, axis=1)
+
+
 def _needed_losses(hidden, head, targets, chunk: int, needed):
     """:func:`token_losses` of the needed positions, brought to the front of their row."""
     b, t = targets.shape

@@ -22,7 +22,7 @@ from umm_jax.models.autoencoder import make_autoencoder
 from umm_jax.models.backbone import Head
 from umm_jax.models.flow import Flow
 from umm_jax.models.image_loss import block_weights, pool_weights
-from umm_jax.models.losses import token_losses
+from umm_jax.models.losses import row_likelihood, token_losses
 from umm_jax.models.masks import MaskSpec, joined
 from umm_jax.models.mot import MixtureOfTransformers
 from umm_jax.models.navit import NaViT
@@ -210,6 +210,11 @@ class ChatUMM(nnx.Module):
             self.flow.draw_times(times, b * i).reshape(b, i),
         )
 
+    def still(self, batch: Batch) -> Draws:
+        """Draws without chance: pictures are the means of their posteriors, and no target is made noisy."""
+        shapes = jax.eval_shape(lambda: self.draw(batch, jax.random.key(0)))
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
     # --- learning ---------------------------------------------------------------------------------
 
     def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
@@ -235,6 +240,14 @@ class ChatUMM(nnx.Module):
         }
         sums = {"text": jnp.sum(nll * weight), "image": jnp.sum(error * self._latent_weights(batch))}
         return sums, metrics
+
+    def text_likelihood(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """-log p of each row's learned texts and of what comes next, and whether they are the greedy ones.
+
+        [B], bool [B].
+        """
+        tokens, read = batch["tokens"], self.read(batch, self.still(batch))
+        return row_likelihood(read.hidden[0], self.head, jnp.maximum(tokens["label"], 0), tokens["weight"])
 
     def autoencoder_weights(self, batch: Batch) -> dict[str, jax.Array]:
         """As :meth:`loss_weights`, where the autoencoder alone is trained: the batch's real images."""

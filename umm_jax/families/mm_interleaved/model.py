@@ -23,7 +23,7 @@ from umm_jax.models.autoencoder import make_autoencoder
 from umm_jax.models.backbone import Backbone, Head
 from umm_jax.models.diffusion import Noised
 from umm_jax.models.image_loss import block_weights, pool_weights, weighted_mse
-from umm_jax.models.losses import cross_entropy, in_turns, next_token_targets
+from umm_jax.models.losses import cross_entropy, in_turns, next_token_targets, row_likelihood
 from umm_jax.models.positions import sincos_1d
 from umm_jax.models.resampler import build as make_resampler
 from umm_jax.models.sampling import guided, make_schedule
@@ -260,6 +260,11 @@ class MMInterleaved(nnx.Module):
             "images_per_row": (jnp.sum(drawn["draw"]), jnp.float32(len(weight))),
         }
         return {"text": nll, "image": image}, metrics
+
+    def text_likelihood(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """-log p of each row's learned texts, and whether they are the greedy ones: [B], bool [B]."""
+        hidden = self.hidden(batch, *self.look(batch["images"]["pixels"]))
+        return row_likelihood(hidden, self.head, *next_token_targets(batch["tokens"]))
 
     def autoencoder_weights(self, batch: Batch) -> dict[str, jax.Array]:
         """As :meth:`loss_weights`, where the autoencoder alone is trained: the batch's real images."""

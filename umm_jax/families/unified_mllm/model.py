@@ -17,7 +17,7 @@ from umm_jax.models import layers as L
 from umm_jax.models.attention import Mask
 from umm_jax.models.backbone import Backbone, Head
 from umm_jax.models.lora_moe import balance_loss
-from umm_jax.models.losses import cross_entropy, next_token_targets
+from umm_jax.models.losses import cross_entropy, next_token_targets, row_likelihood
 from umm_jax.models.mask_decoder import MaskDecoder, PromptEncoder
 from umm_jax.models.mask_loss import mask_losses
 from umm_jax.models.masks import stream
@@ -160,10 +160,7 @@ class UnifiedMLLM(nnx.Module):
         look_key, expert_key = jax.random.split(key)
         tokens = batch["tokens"]
         visual, features = self.look(batch["images"], look_key)
-        x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
-        run = self.backbone.run(
-            constrain(x, "batch", "sequence", None), tokens["positions"], self.sight(batch), key=expert_key
-        )
+        run = self._read(batch, visual, expert_key)
         targets, weight = next_token_targets(tokens)
         nll, hits = cross_entropy(run.hidden, self.head, targets, weight, chunk=self.config.loss_chunk)
         sums = {"text": nll}
@@ -173,6 +170,18 @@ class UnifiedMLLM(nnx.Module):
         if run.shares is not None:
             sums["balance"] = self._balance(batch, run.shares)
         return sums, metrics
+
+    def text_likelihood(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """-log p of each row's learned texts, and whether they are the greedy ones: [B], bool [B]."""
+        run = self._read(batch, self.look(batch["images"], masks=False)[0])
+        return row_likelihood(run.hidden, self.head, *next_token_targets(batch["tokens"]))
+
+    def _read(self, batch: Batch, visual: jax.Array, key: jax.Array | None = None):
+        """Runs the backbone over packed rows."""
+        tokens = batch["tokens"]
+        x = self.embed_tokens(tokens["ids"], tokens["image"], tokens["slot"], visual)
+        x = constrain(x, "batch", "sequence", None)
+        return self.backbone.run(x, tokens["positions"], self.sight(batch), key=key)
 
     @staticmethod
     def sight(batch: Batch) -> Mask:
