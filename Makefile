@@ -1,4 +1,4 @@
-# make setup | setup-plan | demo | test | test-all | test-beam | clean
+# make setup | setup-plan | demo | test | test-all | test-beam | test-lmms | clean
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu says where the tests' torch comes from, where the default
 # index would give a build for CUDA.
@@ -17,7 +17,7 @@ INPUTS := setup.py requirements.txt
 timed = @start=$$(date +%s); $(2) || { status=$$?; echo "$(1) failed (status $$status)" >&2; exit $$status; }; \
   echo "$(1): $$(( $$(date +%s) - start )) s"
 
-.PHONY: setup setup-plan demo test test-all test-beam clean
+.PHONY: setup setup-plan demo test test-all test-beam test-lmms clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -70,5 +70,17 @@ test-all: $(VENV)/.tested
 test-beam: .beam/.installed
 	@JAX_PLATFORMS=cpu .beam/bin/python -m pytest -q tests/test_beam_runner.py $(ARGS)
 
+# So does lmms-eval, which does not work with a filelock of 3.20 or newer.
+.lmms/.installed: $(INPUTS)
+	@"$(PYTHON)" -m venv .lmms
+	$(call timed,lmms-eval environment,.lmms/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.0' && \
+	  .lmms/bin/python -m pip --disable-pip-version-check install --quiet pytest lmms-eval -e . && \
+	  .lmms/bin/python -m pip --disable-pip-version-check install --quiet 'filelock<3.20')
+	@touch $@
+
+test-lmms: .lmms/.installed
+	@JAX_PLATFORMS=cpu .lmms/bin/python -m pytest -q tests/test_plugs.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .beam build dist *.egg-info
+	rm -rf $(VENV) .beam .lmms build dist *.egg-info

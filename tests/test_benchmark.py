@@ -13,6 +13,7 @@ from umm_jax.conversation import Image, ImageData, Text, Turn
 from umm_jax.errors import BusyError, ConfigError, DataError
 from umm_jax.evaluate import benchmark, scoring, sweep, table, tasks
 from umm_jax.evaluate.contract import Response
+from umm_jax.evaluate.measures import rle
 from umm_jax.evaluate.responses import read, read_lines
 from umm_jax.evaluate.store import Appending, Folder
 from umm_jax.train.lock import held
@@ -406,3 +407,21 @@ def test_headlines_of_groups_are_compared_by_group(tmp_path):
     found = scoring.score(task, tmp_path, responses(tmp_path / "r", texts))
     assert found["docs"] == {"0": 0.0, "1": 1.0, "2": 1.0, "3": 1.0}
     assert found["metrics"]["circular"]["value"] == 75
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"size": [2, 2.0], "counts": [4]},
+        {"size": [-2, -2], "counts": [4]},
+        {"size": [2, 2], "counts": [10**30]},
+        {"size": [2, 2], "counts": [5, -1]},
+        {"size": [2, 2], "counts": [3]},
+        {"size": [2, 2], "counts": "\x01"},
+        {"counts": [4]},
+        [4],
+    ],
+)
+def test_masks_that_are_none_are_said(mask):
+    with pytest.raises(DataError, match="here: a mask must be"):
+        rle.decode(mask, "here")

@@ -4,6 +4,7 @@ The string packs each length into bytes of five bits and a bit that says whether
 length on as the difference to the length two before. Source: the mask format of the COCO API.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,10 @@ from umm_jax.errors import DataError
 def decode(mask: Any, where: str) -> np.ndarray:
     """bool[h, w] of {"size": [h, w], "counts": list or string}. Raises DataError."""
     try:
-        (height, width), counts = mask["size"], mask["counts"]
+        (height, width), counts = (operator.index(v) for v in mask["size"]), mask["counts"]
         runs = np.array(_unpacked(counts) if isinstance(counts, (str, bytes)) else counts, np.int64)
-        whole = runs.ndim == 1 and (runs >= 0).all() and runs.sum() == height * width
-    except (KeyError, TypeError, ValueError, IndexError):
+        whole = runs.ndim == 1 and min(height, width, *runs) >= 0 and sum(map(int, runs)) == height * width
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         whole = False
     if not isinstance(mask, Mapping) or not whole:
         raise DataError(f'{where}: a mask must be {{"size": [h, w], "counts": ...}} whose runs fill it')
