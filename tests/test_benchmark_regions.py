@@ -726,7 +726,14 @@ def test_captions_come_from_their_own_file(ade):
     write_json(ade / "ADEChallengeData2016/validation.json", captions)
     (doc,) = docs("ade20k", ade, prompt="mm_interleaved")
     assert doc.id == "ADE_val_2" and doc.turns[0].text == "a lake."
-    assert doc.images["labels"].parts[-3:] == ("annotations_with_color", "validation", "ADE_val_2.png")
+    path = ade / "ADEChallengeData2016/annotations/validation/ADE_val_2.png"
+    made = doc.conversation().images["labels"].array()
+    assert (made == ade20k.coloured(np.array(PIL.Image.open(path)))).all(), "made where it is not there"
+    given = ade / "ADEChallengeData2016/annotations_with_color/validation/ADE_val_2.png"
+    given.parent.mkdir(parents=True)
+    PIL.Image.new("RGB", (3, 2), (1, 2, 3)).save(given)
+    (doc,) = docs("ade20k", ade, prompt="mm_interleaved")
+    assert doc.images["labels"] == given
     (ade / "ADEChallengeData2016/annotations/validation/ADE_val_2.png").unlink()
     with pytest.raises(DataError, match=r"ADE_val_2\.png"):
         docs("ade20k", ade, prompt="mm_interleaved")

@@ -1,4 +1,4 @@
-"""Measures of masks, boxes and label maps.
+"""Measures of masks, boxes, spans and label maps.
 
 Masks. LISA (arXiv 2308.00692) calls the mean of :func:`giou` over masks gIoU; that figure is giou_mean here,
 since the generalised IoU of boxes, another thing, has that name too. LISA's evaluator takes the mean over the
@@ -27,7 +27,7 @@ _EPS_CLASS = 1e-10  # in each class's
 Counts = tuple[int, int]  # pixels in both masks, and in either
 
 
-# --- masks ------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------
 
 
 def mask_counts(found: np.ndarray | None, right: np.ndarray) -> Counts:
@@ -75,7 +75,7 @@ def reaches(overlap: float, thresholds: Sequence[float]) -> dict[float, float]:
     return {threshold: float(overlap >= threshold) for threshold in thresholds}
 
 
-# --- boxes ------------------------------------------------------------------------------------------------
+# --- boxes --------------------------------------------------------------------------------------------
 
 
 def degenerate(box: Sequence[float]) -> bool:
@@ -97,7 +97,28 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-# --- label maps -------------------------------------------------------------------------------------------
+def box_giou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Generalised IoU (arXiv 1902.09630): IoU less the share of the box around both that neither covers.
+
+    From -1 to 1; -1 where there is nothing around both.
+    """
+    width, height = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
+    around, overlap = max(width, 0.0) * max(height, 0.0), box_iou(a, b)
+    if not around:
+        return -1.0
+    areas = [0.0 if degenerate(c) else (c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+    # Of areas A and B with IoU v, either is (A + B) / (1 + v).
+    return overlap - 1 + sum(areas) / (1 + overlap) / around
+
+
+def span_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Of spans of a clip."""
+    both = max(min(a[1], b[1]) - max(a[0], b[0]), 0.0)
+    either = (a[1] - a[0]) + (b[1] - b[0]) - both
+    return both / either if either > 0 else 0.0
+
+
+# --- label maps ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """ADE20K, label map to image: draw what a label map shows, and have a fixed segmenter compare.
 
     ADEChallengeData2016/, or its content: annotations/validation/*.png, 0 for no class and 1 to 150;
-    annotations_with_color/validation/*.png, what the model is shown, see :func:`coloured`;
+    annotations_with_color/validation/*.png, what the model is shown; made where it is not there, see
+    :func:`coloured`;
     validation.json, a list of {"image_id", "caption"}, for MM-Interleaved's prompt alone
 
 Needs label maps of the pictures that were drawn, from a segmenter that never changes (MM-Interleaved has
@@ -28,7 +29,7 @@ from umm_jax.conversation import Image, ImageData, Text
 from umm_jax.errors import ConfigError, DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, user
 from umm_jax.evaluate.measures import regions
-from umm_jax.evaluate.source import Source, take
+from umm_jax.evaluate.source import Embedded, Source, take
 
 CLASSES = 150
 PROMPTS = {"plain": "draw the photograph this is the label map of", "mm_interleaved": "{caption}."}
@@ -67,7 +68,7 @@ def docs(source: Source, settings: Settings) -> Iterator[Doc]:
         yield Doc(
             id,
             (user(Image("labels"), Text(words)),),
-            {"labels": source.picture(f"{base}annotations_with_color/validation/{id}.png")},
+            {"labels": _shown(source, f"{base}annotations_with_color/validation/{id}.png", labels)},
             target={
                 "labels": source.root / labels,
                 "predicted": source.root / settings.predictions / f"{id}.png"
@@ -102,6 +103,20 @@ def coloured(labels: np.ndarray) -> np.ndarray:
     digits = np.stack([k // _LEVELS**2, k // _LEVELS % _LEVELS, k % _LEVELS], axis=1)
     palette = np.concatenate([np.zeros((1, 3), int), 255 - _STEP * digits]).astype(np.uint8)
     return palette[labels]
+
+
+def _shown(source: Source, name: str, labels: str) -> Path | Embedded:
+    """The coloured map, of the release or made of its labels."""
+    if (source.root / name).exists():
+        return source.picture(name)
+
+    def read() -> bytes:
+        try:
+            return ImageData.from_array(coloured(_map(source.root / labels))).data
+        except (DataError, IndexError) as error:
+            raise OSError(str(error)) from None
+
+    return Embedded(f"{labels}, coloured", read)
 
 
 def _map(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from umm_jax.evaluate.regions import box_iou
+from umm_jax.evaluate.measures.regions import box_iou
 from umm_jax.markup.grammar import Answer, Call
 
 # What makes a part of an answer unreadable, rather than oddly spelt.
