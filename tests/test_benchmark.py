@@ -1,17 +1,19 @@
 """Benchmarks over files: asking, keeping, resuming, scoring, tables and sweeps; models are plain rules."""
 
 import base64
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from umm_jax import cli
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Image, ImageData, Text, Turn
 from umm_jax.errors import BusyError, ConfigError, DataError
-from umm_jax.evaluate import benchmark, scoring, sweep, table, tasks
+from umm_jax.evaluate import benchmark, samples, scoring, sweep, table, tasks
 from umm_jax.evaluate.contract import Response
 from umm_jax.evaluate.measures import rle
 from umm_jax.evaluate.responses import read, read_lines
@@ -425,3 +427,23 @@ def test_headlines_of_groups_are_compared_by_group(tmp_path):
 def test_masks_that_are_none_are_said(mask):
     with pytest.raises(DataError, match="here: a mask must be"):
         rle.decode(mask, "here")
+
+
+def test_the_best_and_the_worst_are_shown(tmp_path, data):
+    right = {str(i): f"word {i % 7}" for i in range(10)}
+    run(tmp_path / "out", data, Rules(lambda c, seed: right[c.id] if int(c.id) < 5 else "<b>no</b>"))
+    benchmark.score(tmp_path / "out")
+    page = samples.section(tmp_path / "out", "VQA")
+    assert page.count("<article") == 8 and page.count("tag good") == page.count("tag bad") == 4
+    assert "&lt;b&gt;no&lt;/b&gt;" in page and "<b>no" not in page
+    assert page.count("data:image/png;base64,") == 8, "each was shown its picture"
+    assert samples.chosen({"a": 1.0, "b": 0.0, "c": 0.5}) == (["a", "c"], ["b"])
+    assert samples.chosen({"a": 1.0}) == (["a"], [])
+    assert samples.section(tmp_path / "none", "VQA") == ""
+
+
+def test_large_pictures_are_shown_small():
+    large = ImageData.from_array(np.zeros((400, 800, 3), np.uint8))
+    with PIL.Image.open(io.BytesIO(samples.small(large))) as shown:
+        assert shown.size == (192, 96)
+    assert samples.small(PICTURE) == PICTURE.data

@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+import small_run
 
-from umm_jax import cli
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Image, ImageData, Text, Turn
 from umm_jax.errors import ConfigError, DataError
@@ -20,8 +20,6 @@ from umm_jax.evaluate import plugs
 from umm_jax.families.contract import Reply
 from umm_jax.generate import load_run, seed_of
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "world_chatumm.py"
 QUESTION = "what is in the top left"
 
 
@@ -92,16 +90,7 @@ def test_lmms_eval_would_find_the_entry_point():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    base = [f"--config={CONFIG}"]
-    cli.dispatch(["data", "synthesize", *base, "--count=16", f"--out={folder / 'data'}", "--shards=1"])
-    cli.dispatch(["data", "tokenizer", *base, f"--out={folder / 'tokenizer.model'}"])
-    sources = json.dumps([{"path": str(folder / "data")}])
-    changes = {"train.steps": 1, "train.eval_every": 0, "train.init_from": "", "data.batch_size": 4}
-    changes |= {"data.sources": sources, "data.tokenizer": folder / "tokenizer.model"}
-    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    cli.dispatch(["train", *base, f"--workdir={folder}", *overrides])
-    return folder
+    return small_run.make(tmp_path_factory.mktemp("run"))
 
 
 def own_replies(run, names, paths, max_tokens):

@@ -250,6 +250,15 @@ def run(
     return spent
 
 
+def planned_docs(folder: str | Path) -> tuple[list[Doc], str]:
+    """(docs, hash of what they were read from) of a plan. Raises DataError, ConfigError."""
+    planned = Folder(folder).plan()
+    task = tasks.get(planned["task"])
+    settings = scoring.settings_of(task, planned["settings"])
+    world = configs.from_dict(WorldConfig, planned["world"], "world") if planned["world"] else None
+    return read_docs(task, settings, planned["data_root"], world, planned["limit"])
+
+
 def score(folder: str | Path, *, partial: bool = False) -> dict[str, Any]:
     """Marks what came back and writes the figures; needs neither the model nor its run.
 
@@ -260,8 +269,7 @@ def score(folder: str | Path, *, partial: bool = False) -> dict[str, Any]:
     planned = stored.plan()
     task = tasks.get(planned["task"])
     settings = scoring.settings_of(task, planned["settings"])
-    world = configs.from_dict(WorldConfig, planned["world"], "world") if planned["world"] else None
-    docs, dataset_hash = read_docs(task, settings, planned["data_root"], world, planned["limit"])
+    docs, dataset_hash = planned_docs(folder)
     if dataset_hash != planned["dataset_hash"]:
         raise DataError(
             f"{folder}: the annotations are not those the docs were asked from; put those back, or plan and "

@@ -27,7 +27,7 @@ from typing import Any
 from umm_jax import config as configs
 from umm_jax.data.files import write_atomic
 from umm_jax.errors import ConfigError, UserError
-from umm_jax.evaluate import benchmark, scoring, table, tasks
+from umm_jax.evaluate import benchmark, samples, scoring, table, tasks
 from umm_jax.evaluate.store import Folder
 from umm_jax.evaluate.tasks.world import world_of
 from umm_jax.evaluate.world_expert import attended
@@ -294,11 +294,16 @@ def gathered(cells: Sequence[Cell], out: Path) -> table.Table:
     return table.build([table.Column(name, scores) for name, scores in columns.items()])
 
 
-def write_tables(cells: Sequence[Cell], out: Path, title: str, further: str = "") -> list[Path]:
-    """table.md, table.csv and table.html. Raises StorageError."""
+def write_tables(cells: Sequence[Cell], out: Path, title: str) -> list[Path]:
+    """table.md, table.csv, and table.html with samples of each cell. Raises StorageError."""
     made = gathered(cells, out)
     texts = {"md": table.markdown(made), "csv": table.comma_separated(made)}
-    texts["html"] = table.page(made, title, further)
+    shown = [
+        samples.section(out / cell.folder, f"{cell.place[1]}: {cell.label}")
+        for cell in cells
+        if not (out / cell.folder / FAILED).exists()
+    ]
+    texts["html"] = table.page(made, title, "".join(shown))
     paths = []
     for kind, text in texts.items():
         paths.append(out / f"table.{kind}")
