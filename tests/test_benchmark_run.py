@@ -129,8 +129,8 @@ def test_a_sweep_is_killed_and_goes_on(run, tmp_path):
         f"    run = over('run', [{str(run)!r}])\n"
         "    tasks = over('task', ['world-edit', 'world-vqa', 'world-draw-scene'])\n"
         "    sizes = [{'settings': {'items': 4}, 'batch_size': 2}]\n"
-    picture = tmp_path / "VisualDialog_val2018" / f"VisualDialog_val2018_{1:012d}.jpg"
-    PIL.Image.new("RGB", (32, 32)).save(picture)
+        "    seeds, replies = over('seed', [0, 1]), over('reply', [{}, {'temperature': 1.0}])\n"
+        "    return product(run, tasks, sizes, seeds, replies)\n"
     )
 
     def sweep(out, stop=None):

@@ -1,4 +1,4 @@
-"""What a model did best and worst on a benchmark, as tiles of a page: asked, shown, replied, and the figure."""
+"""What a model did best and worst on a benchmark, as tiles of a page."""
 
 import io
 import json
