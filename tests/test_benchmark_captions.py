@@ -162,7 +162,8 @@ def test_bleu_by_hand():
     """3 words of 3 agree, so do 2 pairs of 2; 3 words for a reference of 4: exp(1 - 4 / 3)."""
     found = measures.bleu(plain({"1": "the cat sat"}, {"1": ["the cat sat down"]}))
     assert found[:3] == pytest.approx([math.exp(1 - 4 / 3)] * 3)
-    assert found[3] == pytest.approx(0, abs=1e-2), "there is no run of four words"
+    # No run of four words: the evaluator has 1e-15 of 1e-9 agree.
+    assert found[3] == pytest.approx(1e-6 ** (1 / 4) * math.exp(1 - 4 / 3), rel=1e-6)
 
 
 def test_rouge_by_hand():
@@ -183,7 +184,7 @@ def test_a_corpus_needs_the_same_ids():
 SAID = {
     391895: ["A man riding a red bike.", "A man on a bike (red).", "The man's bike is red."],
     522418: ["A woman cuts a cake.", "Woman cutting a white cake", "a cake, a knife and a woman"],
-    184613: ["A child holds an umbrella.", "a small child with an umbrella", "Kid with umbrella"],
+    184613: ["A child holds an umbrella.", "a small child with an umbrella", "Kid by a bike with umbrella"],
 }
 RIGHT = {
     "391895": "A man riding a red bike.",
@@ -253,7 +254,8 @@ def test_random_captions_against_the_whole_evaluator(tmp_path, seed):
     rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
     official = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     rng = random.Random(seed)
-    some = "a the man's dog isn't on (red) bike, 10,000 U.S. t-shirt w/ and/or \"big\" Mr. café -- wave. Don’t".split()
+    some = "a the man's dog isn't on (red) bike, 10,000 U.S. t-shirt w/ and/or 'big' Mr. café -- wave. Don’t"
+    some = some.split()
     said = {i: [" ".join(rng.choices(some, k=rng.randint(1, 12))) for _ in range(5)] for i in range(1, 41)}
     found = {str(i): " ".join(rng.choices(some, k=rng.randint(0, 12))) for i in said}
     write(tmp_path / "data" / "test1k.token.coco_format", coco_form(said))
@@ -283,14 +285,9 @@ def test_an_empty_reply_counts_as_wrong_and_apart(coco):
 
 
 def test_figures_do_not_depend_on_the_order_of_replies(coco):
-    assert (
-        score("coco-caption", coco, RIGHT)
-        == pytest.approx(
-            score("coco-caption", coco, dict(reversed(RIGHT.items()))) | {"responses_hash": None}
-        )
-        or score("coco-caption", coco, RIGHT)["metrics"]
-        == score("coco-caption", coco, dict(reversed(RIGHT.items())))["metrics"]
-    )
+    figures, turned = (score("coco-caption", coco, dict(f)) for f in (RIGHT.items(), reversed(RIGHT.items())))
+    assert figures["responses_hash"] != turned["responses_hash"]
+    assert figures["metrics"] == turned["metrics"] and figures["docs"] == turned["docs"]
 
 
 def test_cider_of_a_part_is_of_that_part_alone(coco):
@@ -362,12 +359,16 @@ def test_bad_annotations_of_coco(coco):
     write(coco / "annotations" / "coco_karpathy_test_gt.json", {"annotations": [{"image_id": 391895}]})
     with pytest.raises(DataError, match="has no 'caption'"):
         docs("coco-caption", coco)
-    write(coco / "coco_karpathy_test.json", [{"image": "cat.jpg"}])
-    with pytest.raises(DataError, match="has no 'caption'|no number"):
-        docs("coco-caption", coco)
-    write(coco / "coco_karpathy_test.json", {"images": []})
-    with pytest.raises(DataError, match="is no list"):
-        docs("coco-caption", coco)
+    write(coco / "annotations" / "coco_karpathy_test_gt.json", coco_form(SAID))
+    for listed, complaint in (
+        ([{"image": "cat.jpg"}], "no number of a picture in 'cat.jpg'"),
+        ({"images": []}, "is no list"),
+        ([{"caption": []}], "has no 'image'"),
+        ([], "nothing to ask"),
+    ):
+        write(coco / "coco_karpathy_test.json", listed)
+        with pytest.raises(DataError, match=complaint):
+            docs("coco-caption", coco)
 
 
 def test_a_picture_that_is_there_twice(coco):
@@ -431,9 +432,7 @@ def test_paragraphs(tmp_path, form):
     assert [doc.id for doc in found] == ["5", "3"]
     assert found[1].target == ["A cat 3. It is 0.", "A cat 3. It is 2."]
     assert found[0].images["image"] == root / "images" / "VG_100K_2" / "5.jpg"
-    assert found[0].turns[0].text == "[image image]Please describe the image in detail." or "detail" in (
-        found[0].turns[0].text
-    )
+    assert "describe the image in detail" in found[0].turns[0].text
     figures = score("image2paragraph", root, {"5": "A cat 5. It is 3.", "3": "It is 0. A dog."})
     assert figures["n"] == 2 and value(figures, "cider") > 0
     write(root / "annotations" / "test_split.json", [5, 9])

@@ -209,3 +209,56 @@ def test_a_start_must_be_longer_than_its_end():
 
 def test_every_status_of_a_mistake_is_final():
     assert set(FINAL) == {1, 2, 3, 4, 5, 6, 7, 130}
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.py"
+    path.write_text(
+        "from umm_jax.evaluate.sweep import over, product\n\n\ndef get_sweep():\n"
+        "    return product(over('run', ['a', 'b']), over('task', ['world-edit', 'world-vqa']))\n"
+    )
+    return path
+
+
+def test_each_cell_of_a_sweep_is_a_jobset_of_its_own(plan, capsys, schema):
+    words = ["launch", "jobset", f"--sweep={plan}", "--workdir=/mnt/s", "--name=sw", "--image=i"]
+    assert cli.main([*words, "--topology=v5e:2x2"]) == 0
+    made = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [m["metadata"]["name"] for m in made] == ["sw-0", "sw-1", "sw-2", "sw-3"]
+    for k, one in enumerate(made):
+        assert holds(one, schema) == []
+        pod = one["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        command = pod["containers"][0]["command"]
+        assert command == ["umm", "sweep", str(plan), "--out=/mnt/s", f"--cell={k}"]
+    assert cli.main([*words, "--topology=v5e:4x4"]) == 2
+    assert "runs on one machine" in capsys.readouterr().err
+    assert cli.main([*words, "--topology=v5e:2x2", "--config.seed=3"]) == 2
+    assert cli.main(["launch", "jobset", *words[3:], "--topology=v5e:2x2"]) == 2
+    assert "--config=FILE" in capsys.readouterr().err
+
+
+def test_a_sweep_on_slurm_is_an_array_against_fake_commands(plan, capsys, tmp_path):
+    words = ["launch", "slurm", f"--sweep={plan}", "--workdir=/mnt/s", "--name=sw"]
+    assert cli.main([*words, "--nodes=1", "--gpus=1"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3\n" in script and "#SBATCH --ntasks-per-node=1\n" in script
+    (tmp_path / "srun").write_text(FAKE_SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {"PATH": path, "LOG": str(tmp_path), "STATUS": "0", "SLURM_ARRAY_TASK_ID": "2"}
+    assert subprocess.run(["sh", "-c", script], env=environment).returncode == 0
+    said = (tmp_path / "srun.said").read_text().splitlines()
+    assert said[1:] == ["umm", "sweep", str(plan), "--out=/mnt/s", "--cell=2"]
+    assert cli.main([*words, "--nodes=2"]) == 2
+
+
+def test_a_sweep_on_cloud_tpu_asks_for_a_slice_a_cell(plan, capsys):
+    where = ["--project=p", "--zone=z", "--image=i", "--dry-run", "--topology=v6e:2x2"]
+    words = ["launch", "queued", f"--sweep={plan}", "--workdir=/mnt/s", "--name=sw", *where]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("CreateQueuedResource") == 4 and all(f"--cell={k}" in said for k in range(4))

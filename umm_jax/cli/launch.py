@@ -1,4 +1,4 @@
-"""The commands that launch: a training run written for the scheduler that is to start it."""
+"""The commands that launch: a training run, or a sweep, written for the scheduler that is to start it."""
 
 from umm_jax.cli.grammar import command, positive
 from umm_jax.errors import ConfigError
@@ -6,7 +6,7 @@ from umm_jax.errors import ConfigError
 
 def add(commands) -> None:
     """Adds the commands of this group."""
-    group = commands.add_parser("launch", help="write a training run for a cluster's scheduler")
+    group = commands.add_parser("launch", help="write a training run or a sweep for a cluster's scheduler")
     kinds = group.add_subparsers(dest="kind", required=True, metavar="KIND")
 
     p = _job(kinds, "jobset", _jobset, "A JobSet for GKE; give it to kubectl apply -f -.")
@@ -44,8 +44,11 @@ def add(commands) -> None:
 
 def _job(kinds, name: str, run, text: str):
     p = command(kinds, name, run, text, overridable=True)
-    p.add_argument("--config", required=True, help="checked here; the same path is given to the machines")
-    p.add_argument("--workdir", required=True, help="folder of the run, on storage that all machines share")
+    p.add_argument("--config", help="checked here; the same path is given to the machines")
+    p.add_argument("--sweep", metavar="PLAN", help="in place of training, each cell of this plan (umm sweep)")
+    p.add_argument(
+        "--workdir", required=True, help="folder of the run or the sweep, on storage that all machines share"
+    )
     p.add_argument("--name", required=True, help="of the job")
     p.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     p.add_argument("--restarts", type=positive, default=100, help="that the scheduler may do")
@@ -64,35 +67,53 @@ def _jobset(args) -> None:
 
     from umm_jax.launch import jobset
 
-    made = jobset.manifest(_made(args), _topology(args), args.image, namespace=args.namespace, spot=args.spot)
-    print(yaml.safe_dump(made, sort_keys=False), end="")
+    topology, place = _topology(args), {"namespace": args.namespace, "spot": args.spot}
+    made = [jobset.manifest(job, topology, args.image, **place) for job in _jobs(args)]
+    print(yaml.safe_dump_all(made, sort_keys=False), end="")
 
 
 def _xpk(args) -> None:
     from umm_jax.launch import lines
 
     where = {name: getattr(args, name) for name in ("cluster", "zone", "project")}
-    print(lines.xpk(_made(args), _topology(args), args.image, **where))
+    for job in _jobs(args):
+        print(lines.xpk(job, _topology(args), args.image, **where))
 
 
 def _queued(args) -> None:
+    import concurrent.futures
+
+    jobs = _jobs(args)
+    if args.sweep and args.state:
+        raise ConfigError("--state: a sweep has a file for each cell, launches/NAME-CELL.json; leave it out")
+    if len(jobs) == 1:
+        _queue(args, jobs[0])
+        return
+    # Each cell waits for a slice of its own.
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        for asked in [pool.submit(_queue, args, job) for job in jobs]:
+            asked.result()
+
+
+def _queue(args, job) -> None:
     import json
     import sys
     from pathlib import Path
 
     from umm_jax.launch import queued
 
-    job, topology = _made(args), _topology(args)
+    topology = _topology(args)
     names = ("project", "zone", "image", "spot", "reservation", "runtime", "service_account", "hours")
     place = queued.Place(**{name: getattr(args, name) for name in names})
     record = queued.Record(
-        Path(args.state or f"launches/{args.name}.json"), queued.asked(job, topology, place)
+        Path(args.state or f"launches/{job.name}.json"), queued.asked(job, topology, place)
     )
     if args.dry_run:
         body = queued.request(job, topology, place, record.resource)
         print("CreateQueuedResource", json.dumps(body, indent=1))
         return
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    said = f"{job.name}: " if args.sweep else ""
+    say = lambda text: print(f"{said}{text}", file=sys.stderr, flush=True)  # noqa: E731
     if args.delete:
         queued.delete(queued.client(), record, job, place, say=say)
     else:
@@ -103,26 +124,57 @@ def _slurm(args) -> None:
     from umm_jax.launch import lines
 
     asked = {name: getattr(args, name) for name in ("nodes", "gpus", "hours", "partition", "image")}
-    print(lines.slurm(_made(args), **asked), end="")
+    jobs = _jobs(args)
+    if not args.sweep:
+        print(lines.slurm(jobs[0], **asked), end="")
+        return
+    import dataclasses
+
+    array = dataclasses.replace(jobs[0], name=args.name, program=jobs[0].program[:-1])
+    print(lines.slurm(array, **asked, cells=len(jobs)), end="")
 
 
 def _topology(args):
+    from umm_jax.launch.jobset import HOST
     from umm_jax.plan import chips
 
-    return chips.topology(args.topology, args.slices)
+    found = chips.topology(args.topology, args.slices)
+    if args.sweep and found.chips > HOST:
+        raise ConfigError(
+            f"--topology={args.topology}, {args.slices} slices: a cell of a sweep runs on one machine; take "
+            f"a slice of at most {HOST} chips, such as v5e:2x2"
+        )
+    return found
 
 
-def _made(args):
-    from umm_jax import config, families
-    from umm_jax.launch.job import Job
-    from umm_jax.world.scene import WorldConfig
+def _jobs(args):
+    """The jobs that are asked for: one, or one for each cell of a sweep."""
+    from umm_jax.launch.job import Job, of_sweep
 
-    # A mistake in it is cheaper here than there.
-    run = config.load(args.config, args.overrides)
-    config.from_dict(families.get(run.family).config.ModelConfig, run.model, "config.model")
-    WorldConfig.preset(run.world.preset, **run.world.overrides)
+    if (args.config is None) == (args.sweep is None):
+        raise ConfigError("umm launch: needs --config=FILE, which is trained, or --sweep=PLAN")
     odd = next((text for text in args.env if "=" not in text), None)
     if odd is not None:
         raise ConfigError(f"--env={odd}: expected KEY=VALUE")
     env = dict(text.split("=", 1) for text in args.env)
-    return Job(args.name, args.config, args.workdir, tuple(args.overrides), env, args.restarts, args.grace)
+    job = Job(
+        args.name, args.config or "", args.workdir, tuple(args.overrides), env, args.restarts, args.grace
+    )
+    # A mistake in it is cheaper here than there.
+    if args.sweep is None:
+        _check(args)
+        return [job]
+    from umm_jax.evaluate import sweep
+
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]}: a sweep's cells say what is changed; leave it out")
+    return of_sweep(job, args.sweep, len(sweep.read(args.sweep)))
+
+
+def _check(args) -> None:
+    from umm_jax import config, families
+    from umm_jax.world.scene import WorldConfig
+
+    run = config.load(args.config, args.overrides)
+    config.from_dict(families.get(run.family).config.ModelConfig, run.model, "config.model")
+    WorldConfig.preset(run.world.preset, **run.world.overrides)

@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from umm_jax import errors
 from umm_jax.errors import ConfigError
@@ -17,7 +17,7 @@ NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class Job:
-    """A training run to be started on a cluster.
+    """A training run, or a cell of a sweep, to be started on a cluster.
 
     Attributes:
         name: lower case, digits and dashes, at most 40 characters: others make longer names of it.
@@ -26,6 +26,7 @@ class Job:
         env: variables of the processes.
         restarts: how often the scheduler may start it again.
         grace: seconds between SIGTERM and SIGKILL, in which a checkpoint is written.
+        program: what runs in place of training, words after ``umm``: one process, on one machine.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     restarts: int = 100
     grace: int = 300
+    program: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not NAME.fullmatch(self.name):
@@ -53,6 +55,8 @@ class Job:
     @property
     def command(self) -> list[str]:
         """What every process of the job runs."""
+        if self.program:
+            return ["umm", *self.program]
         asked = [f"--config={self.config}", f"--workdir={self.workdir}", "--coordinator=auto"]
         return ["umm", "train", *asked, *self.overrides]
 
@@ -60,3 +64,9 @@ class Job:
     def line(self) -> str:
         """The command for a shell."""
         return shlex.join(self.command)
+
+
+def of_sweep(job: Job, plan: str, cells: int) -> list[Job]:
+    """One job for each cell of a sweep: `job` says all but what runs; its workdir is the sweep's folder."""
+    program = ("sweep", plan, f"--out={job.workdir}")
+    return [replace(job, name=f"{job.name}-{k}", program=(*program, f"--cell={k}")) for k in range(cells)]

@@ -26,7 +26,16 @@ def xpk(job: Job, topology: Topology, image: str, *, cluster: str, zone: str, pr
     )
 
 
-def slurm(job: Job, *, nodes: int, gpus: int, hours: float, partition: str = "", image: str = "") -> str:
+def slurm(
+    job: Job,
+    *,
+    nodes: int,
+    gpus: int,
+    hours: float,
+    partition: str = "",
+    image: str = "",
+    cells: int = 0,
+) -> str:
     """A script for sbatch: one task a GPU.
 
     Before its time is up the tasks get SIGTERM, save, and leave with 143; the script then puts itself into
@@ -34,7 +43,11 @@ def slurm(job: Job, *, nodes: int, gpus: int, hours: float, partition: str = "",
 
     Args:
         gpus: of each node. hours: of one start. image: of a container (pyxis), or "" for none.
+        cells: of a sweep: an array of so many elements, each one task that runs the job's program on its
+            cell; 0 is no array.
     """
+    if cells and nodes > 1:
+        raise ConfigError(f"--nodes={nodes}: a cell of a sweep runs on one; use --nodes=1")
     if hours * 3600 <= job.grace:
         raise ConfigError(f"--hours={hours:g}: shorter than the {job.grace} s that saving may take")
     minutes = max(int(hours * 60), 1)
@@ -42,13 +55,14 @@ def slurm(job: Job, *, nodes: int, gpus: int, hours: float, partition: str = "",
         "#!/bin/sh",
         f"#SBATCH --job-name={job.name}",
         f"#SBATCH --nodes={nodes}",
-        f"#SBATCH --ntasks-per-node={gpus}",
+        f"#SBATCH --ntasks-per-node={1 if cells else gpus}",
         f"#SBATCH --gpus-per-node={gpus}",
         f"#SBATCH --time={minutes // 60}:{minutes % 60:02}:00",
         f"#SBATCH --signal=TERM@{job.grace}",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
-        f"#SBATCH --output={job.name}-%j.log",
+        *([f"#SBATCH --array=0-{cells - 1}"] if cells else []),
+        f"#SBATCH --output={job.name}-{'%A_%a' if cells else '%j'}.log",
         *([f"#SBATCH --partition={partition}"] if partition else []),
     ]
     run = ["srun", "--kill-on-bad-exit=1", *([f"--container-image={image}"] if image else [])]
@@ -58,7 +72,7 @@ def slurm(job: Job, *, nodes: int, gpus: int, hours: float, partition: str = "",
             *head,
             "",
             *(f"export {key}={shlex.quote(value)}" for key, value in job.env.items()),
-            f"{shlex.join(run)} {job.line}",
+            f"{shlex.join(run)} {job.line}" + (' --cell="$SLURM_ARRAY_TASK_ID"' if cells else ""),
             "status=$?",
             'case "$status" in',
             "    0) ;;",
