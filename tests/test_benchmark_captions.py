@@ -344,6 +344,7 @@ def test_a_java_that_dies_is_a_reason_and_no_deadlock(coco, monkeypatch, tmp_pat
 
 
 @needs_java
+@pytest.mark.slow  # a Java of 2 GB that reads its table for some seconds
 def test_meteor(coco):
     figures = score("coco-caption", coco, RIGHT, meteor=True)["metrics"]["meteor"]
     assert 20 < figures["value"] <= 100 and figures["stderr"] is None

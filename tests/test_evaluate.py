@@ -10,7 +10,7 @@ import pytest
 from umm_jax import config as configs
 from umm_jax.config import EvalConfig, ReplySettings, RunConfig
 from umm_jax.conversation import Box, Conversation, Image, ImageData, Text, Turn
-from umm_jax.errors import ConfigError
+from umm_jax.errors import ConfigError, UserError
 from umm_jax.evaluate import report, runner
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
@@ -209,6 +209,43 @@ def test_in_training_figures():
     found = runner.quick(Perfect(), RUN, 3)
     assert found["draw_scene_exact"] == found["edit_exact"] == found["locate_accuracy"] == 1
     assert set(found) <= {*PLAIN, "draw_scene_f1"} and "dialogue_all_turns" not in found
+
+
+def test_benchmarks_are_asked_in_training(monkeypatch, tmp_path):
+    chosen = [{"task": "world-edit", "settings": {"items": 9}, "limit": 5}, {"task": "world_vqa", "limit": 2}]
+    made = configs.to_dict(RUN) | {"train": {"eval_every": 1, "eval_items": 0, "benchmarks": chosen}}
+    run = configs.from_dict(RunConfig, made)
+    perfect = Perfect()
+    family = SimpleNamespace(
+        config=SimpleNamespace(ModelConfig=WorldConfig), generate=SimpleNamespace(Replier=lambda *_: perfect)
+    )
+    monkeypatch.setattr("umm_jax.families.get", lambda name: family)
+    monkeypatch.setattr("umm_jax.data.tokenizer.Tokenizer.load", lambda path: None)
+    on_eval = runner.in_training(run, tmp_path)
+    for step in (1, 2):
+        found = on_eval(step, "params")
+        assert found == {
+            "world-edit": 1,
+            "world-edit/parse_rate": 1,
+            "world-vqa": 1,
+            "world-vqa/parse_rate": 1,
+        }
+        assert perfect.params is None, "given up for the next step"
+    assert len({id for ids, _ in perfect.calls for id in ids}) == 7
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ({"task": "vqav3"}, "did you mean 'vqav2'"),
+        ({"task": "vqav2"}, "needs the folder of its published files"),
+        ({"task": "ade20k", "data_root": "x"}, "needs a network"),
+    ],
+)
+def test_benchmarks_that_cannot_be_asked_are_refused_before_training(tmp_path, chosen, message):
+    made = configs.to_dict(RUN) | {"train": {"eval_every": 1, "benchmarks": [chosen]}}
+    with pytest.raises(UserError, match=message):
+        runner.in_training(configs.from_dict(RunConfig, made), tmp_path)
 
 
 def test_an_unknown_split_is_refused_before_anything_is_asked(folder):

@@ -309,6 +309,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """A benchmark that is asked while a run trains.
+
+    Attributes:
+        task: of ``umm eval tasks``, one that needs no judge. settings: what differs from its own.
+        data_root: folder with its published files; None for tasks of the world.
+        limit: only the first docs. reply: what differs from how the run replies.
+    """
+
+    task: str
+    settings: dict[str, typing.Any] = field(default_factory=dict)
+    data_root: str | None = None
+    limit: int = 64
+    reply: dict[str, typing.Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, it is {self.limit}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -326,7 +347,9 @@ class TrainConfig:
         profile: "100:105" writes a profile of these steps to the run's folder; SIGUSR1 asks for five at once.
         hang_minutes: where nothing comes to an end for so long, the process ends with status 75 and leaves in
             the run's folder what every thread was doing; None waits for ever.
-        eval_every: steps between in-training evaluations (0: never); eval_items: items per skill.
+        eval_every: steps between in-training evaluations (0: never); eval_items: items per skill of the
+            world (0: it is not asked about).
+        benchmarks: that are asked then too; their headlines are logged as eval/TASK.
         init_from: run directory whose parameters start this one (by matching path), or "".
         objective: what is trained: "model" (the family's losses) or "autoencoder" (its image autoencoder).
     """
@@ -348,6 +371,7 @@ class TrainConfig:
     hang_minutes: float | None = 30.0
     eval_every: int = 0
     eval_items: int = 32
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
     init_from: str = ""
     objective: typing.Literal["model", "autoencoder"] = "model"
 
@@ -358,8 +382,12 @@ class TrainConfig:
             raise ConfigError(f"keep must be at least 1, it is {self.keep}")
         if min(self.keep_every, self.eval_every) < 0:
             raise ConfigError("keep_every and eval_every must be 0 or positive")
-        if self.eval_every and self.eval_items < 1:
-            raise ConfigError(f"eval_items must be at least 1, it is {self.eval_items}")
+        if self.eval_items < 0:
+            raise ConfigError(f"eval_items must be 0 or positive, it is {self.eval_items}")
+        if self.eval_every and not (self.eval_items or self.benchmarks):
+            raise ConfigError("eval_every: set eval_items or benchmarks, or there is nothing to evaluate")
+        if self.benchmarks and not self.eval_every:
+            raise ConfigError("benchmarks are asked during training: set eval_every")
         if self.keep_best and not re.fullmatch(r"-?[^\s-]\S* [1-9]\d*", self.keep_best):
             raise ConfigError(
                 f'keep_best: expected a name and a number such as "turns 2"; got {self.keep_best!r}'

@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from umm_jax import config as configs
-from umm_jax.config import ReplySettings
+from umm_jax.config import BenchmarkConfig, ReplySettings
 from umm_jax.conversation import ImageData
-from umm_jax.errors import DataError
+from umm_jax.errors import ConfigError, DataError
 from umm_jax.evaluate import asking, scoring, tasks
 from umm_jax.evaluate.asking import Model
 from umm_jax.evaluate.contract import Doc, Task
@@ -105,7 +105,7 @@ def read_docs(
         plain = json.dumps(configs.to_dict(world), sort_keys=True)
         return scoring.docs_of(task, world, settings, limit), scoring.digest(plain)
     if data_root is None:
-        raise DataError(f"{task.name} needs --data-root=DIR with its published files: {task.files}")
+        raise DataError(f"{task.name} needs the folder of its published files, --data-root=DIR: {task.files}")
     source = Source(data_root, task.name, task.files)
     return scoring.docs_of(task, source, settings, limit), source.digest
 
@@ -290,3 +290,43 @@ def score(folder: str | Path, *, partial: bool = False) -> dict[str, Any]:
     rows = ({"id": r.doc.id, "values": r.marks.values, "invalid": r.marks.invalid} for r in records)
     stored.write_score(figures, rows)
     return figures
+
+
+# --- during training ----------------------------------------------------------------------------------
+
+
+class Watched:
+    """A few docs of a benchmark, read once and asked whenever a run in training wants to know.
+
+    Args:
+        chosen: what is asked. world, reply: those of the run.
+
+    Raises:
+        ConfigError: unknown task or setting, or a task that needs a judge.
+        DataError: annotations.
+    """
+
+    def __init__(self, chosen: BenchmarkConfig, world: WorldConfig, reply: ReplySettings):
+        self.task = tasks.get(chosen.task)
+        if self.task.cost != "A":
+            other = "a judge" if self.task.cost == "C" else "a network"
+            raise ConfigError(
+                f"train.benchmarks: {self.task.name} needs {other} besides the model; ask it afterwards"
+            )
+        self.settings = scoring.settings_of(self.task, chosen.settings)
+        self.docs, _ = read_docs(self.task, self.settings, chosen.data_root, world, chosen.limit)
+        self.reply = configs.from_dict(
+            ReplySettings, {**configs.to_dict(reply), **self.task.reply, **chosen.reply}, "reply"
+        )
+
+    def figures(self, model: Model, *, seed: int, batch_size: int) -> dict[str, float]:
+        """{task: headline, task/parse_rate} of what the model replies now; absent where there is none."""
+        batches = asking.batches(self.docs, batch_size)
+        asked = asking.ask(model, batches, self.reply, seed=seed, batch_size=batch_size)
+        found = {a.doc.id: a.response for batch in asked for a in batch}
+        records, _ = scoring.mark(self.task, self.docs, found, self.settings)
+        if not records:
+            return {}
+        head = self.task.total(records, self.settings)[self.task.headline].value
+        told = {} if head is None else {self.task.name: head}
+        return told | {f"{self.task.name}/parse_rate": scoring.parse_rate(records)}

@@ -220,8 +220,13 @@ def _skill(title: str, figure: Mapping[str, Any]) -> str:
 def _curves(curves: Mapping[str, Any]) -> Iterable[str]:
     """Losses and skills together, then what else a reader of a run wants to see, one card each."""
     losses = {k: v for k, v in curves.items() if k == "loss" or k.startswith("loss/")}
-    skills = {k.partition("/")[2]: v for k, v in curves.items() if k.startswith("eval/")}
+    asked = {k.partition("/")[2]: v for k, v in curves.items() if k.startswith("eval/")}
+    # Skills lie between 0 and 1; benchmarks are on their authors' scales.
+    skills = {k: v for k, v in asked.items() if k in HEADLINE or k == "draw_scene_f1"}
+    others = {k: v for k, v in asked.items() if k not in skills and not k.endswith("/parse_rate")}
     cards = [html.curves("Loss", losses, log=True), html.curves("Skills during training", skills, y=(0, 1))]
+    if others:
+        cards.append(html.curves("Benchmarks during training", others))
     if "lr" in curves:
         cards.append(html.curves("Learning rate", {"lr": curves["lr"]}, smooth=False))
     if "grad_norm" in curves:

@@ -23,14 +23,13 @@ from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import ImageData
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import DataError
-from umm_jax.evaluate import asking
+from umm_jax.evaluate import asking, benchmark
 from umm_jax.evaluate.asking import Asked
 from umm_jax.evaluate.report import HEADLINE
 from umm_jax.evaluate.tasks.world import doc_of, world_of
-from umm_jax.evaluate.world_expert import attended, world_executor
+from umm_jax.evaluate.world_expert import attended
 from umm_jax.families.contract import Replier
-from umm_jax.generate import load_run
-from umm_jax.router.replies import attend
+from umm_jax.generate import Loaded, load_run
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
 from umm_jax.world.scene import WorldConfig
@@ -299,12 +298,17 @@ def quick(replier: Replier, run: RunConfig, items: int) -> dict[str, float]:
 
 
 def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dict[str, float]]:
-    """What train.loop calls as on_eval(step, params). The model is built, and compiled, once."""
-    replier = None
+    """What train.loop calls as on_eval(step, params). The model is built, and compiled, once.
+
+    Raises:
+        ConfigError, DataError: a benchmark of the config cannot be asked, which is said before training.
+    """
+    watched = [benchmark.Watched(chosen, world_of(run), run.reply) for chosen in run.train.benchmarks]
+    model = None
 
     def on_eval(step: int, params: Any) -> dict[str, float]:
-        nonlocal replier
-        if replier is None:
+        nonlocal model
+        if model is None:
             from umm_jax import families
             from umm_jax.data.tokenizer import Tokenizer
 
@@ -312,12 +316,15 @@ def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dic
             model_config = configs.from_dict(family.config.ModelConfig, run.model, "config.model")
             tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.model")
             replier = family.generate.Replier(model_config, params, tokenizer)
-            attend(replier, world_executor(world_of(run)))
-        replier.params = params
+            model = attended(Loaded(run, step, "raw", replier, 0))
+        model.replier.params = params
         try:
-            return quick(replier, run, run.train.eval_items)
+            found = quick(model.replier, run, run.train.eval_items) if run.train.eval_items else {}
+            for one in watched:
+                found |= one.figures(model, seed=run.eval.seed, batch_size=run.eval.batch_size)
+            return found
         finally:
             # The next step gives these arrays up; they must not be kept alive here.
-            replier.params = None
+            model.replier.params = None
 
     return on_eval

@@ -91,7 +91,7 @@ def result(
         "n_invalid": head.n_invalid,
         "n_failed": failed,
         "stderr": head.stderr,
-        "parse_rate": _share_of(records),
+        "parse_rate": parse_rate(records),
         "cost_class": task.cost,
         "judge": judge,
         "settings": configs.to_dict(settings),
@@ -112,7 +112,8 @@ def units(task: Task, records: Sequence[Record], settings: Any) -> Mapping[str, 
     return {r.doc.id: r.marks.values[task.headline] for r in records if task.headline in r.marks.values}
 
 
-def _share_of(records: Sequence[Record]) -> float | None:
+def parse_rate(records: Sequence[Record]) -> float | None:
+    """Share of the marked replies in which something could be read."""
     return sum(not r.marks.invalid for r in records) / len(records) if records else None
 
 
