@@ -73,6 +73,7 @@ WORDS = {
     "one\nline\r\nof\u2028four": "one line of four",
     "a 😀 face :)": "a face :-rrb-",
     "3 1/2 cups": "3\u00a01/2 cups",
+    "half a \ud83d character": "half a character",
 }
 
 
@@ -96,7 +97,7 @@ def test_what_is_known_to_differ_differs():
 @needs_java
 def test_words_are_those_of_the_evaluator_itself():
     official = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
-    texts = [text for text in WORDS if not set(text) & set("\r\u2028")]
+    texts = [text for text in WORDS if not set(text) & set("\r\u2028\ud83d")]
     found = official.PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     assert [found[i][0] for i in range(len(texts))] == [" ".join(w) for w in ptb.java_words(texts)]
 

@@ -10,6 +10,7 @@ import unified_toy
 from flax import nnx
 
 from umm_jax import families
+from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, Text, Turn
 from umm_jax.data.packing import batch, pack_row
 from umm_jax.errors import DataError
@@ -90,3 +91,15 @@ def test_by_hand_and_greedily():
     replier.params = {**replier.params, "head": {"base": head}}
     greedy, other = score(asked, [text, "blue"])
     assert greedy.greedy and not other.greedy and greedy.logprob > other.logprob
+
+
+@pytest.mark.parametrize("name", ["mm_interleaved", "chatumm"])
+def test_a_picture_that_is_not_a_number_is_an_error(name):
+    replier, asked = toy(name)
+    part = "unet" if name == "mm_interleaved" else "latent_out"
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), replier.params[part])
+    settings = ReplySettings(mode="image", max_tokens=3, image_steps=1)
+    assert replier.reply([asked], settings, [0])[0].images
+    replier.params = {**replier.params, part: broken}
+    with pytest.raises(DataError, match=f"{asked.id}: the picture that was drawn is not a number"):
+        replier.reply([asked], settings, [0])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, ImageData, Turn
+from umm_jax.errors import DataError
 from umm_jax.stream import Stream, StreamSpec
 
 if TYPE_CHECKING:
@@ -139,6 +140,16 @@ class Reply:
     turn: Turn
     images: dict[str, ImageData] = field(default_factory=dict)
     stopped: str = "end"
+
+
+def check_drawn(conversations: Sequence[Conversation], drawn: "np.ndarray", finite: "np.ndarray") -> None:
+    """Raises DataError where a picture that was drawn, bool [B], is not all numbers: bool [B] too."""
+    for conversation, here, whole in zip(conversations, drawn, finite):
+        if here and not whole:
+            raise DataError(
+                f"record {conversation.id}: the picture that was drawn is not a number; the checkpoint may "
+                "hold such values, or its activations overflow"
+            )
 
 
 @runtime_checkable

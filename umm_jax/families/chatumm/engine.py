@@ -174,8 +174,10 @@ class Engine:
         text: float,
         guidance: GuidanceConfig,
         shift: float | None = None,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Draws the picture that would come next in each row: uint8 [B, h, w, 3], h and w from `cells`.
+
+        And whether all of it is numbers, bool [B].
 
         Args:
             steps: evaluations of the velocity; text: scale of text guidance, 1 is none; shift: of the times
@@ -186,7 +188,7 @@ class Engine:
             guidance = GuidanceConfig(image=1.0)  # images guide only beside text, so nothing else is computed
         if guidance.image > 1 and branches.image_free is None:
             raise ValueError("image guidance needs a memory without images")
-        pixels = self._draw(
+        made = self._draw(
             self.params,
             memory,
             branches,
@@ -197,7 +199,7 @@ class Engine:
             guidance=guidance,
             shift=shift,
         )
-        return np.asarray(pixels)
+        return tuple(map(np.asarray, made))
 
     # --- memories -----------------------------------------------------------------------------------
 
@@ -309,11 +311,11 @@ class Engine:
 
     def _draw_image(
         self, params, memory: Memory, branches: Branches, keys, text, *, cells, steps, guidance, shift
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         final = self.denoise(
             self.model(params), memory, branches, keys, text, cells, steps, guidance, shift=shift
         )
-        return self.pixels(self.model(params), final, cells)
+        return self.pixels(self.model(params), final, cells), jnp.all(jnp.isfinite(final), axis=(1, 2))
 
     def denoise(
         self,

@@ -22,7 +22,7 @@ from umm_jax.families.chatumm.config import ModelConfig
 from umm_jax.families.chatumm.engine import Branches, Engine, Memory, Sampling
 from umm_jax.families.chatumm.segments import Segment, Shown, lay
 from umm_jax.families.chatumm.stream import BLANK, Serializer
-from umm_jax.families.contract import Reply
+from umm_jax.families.contract import Reply, check_drawn
 from umm_jax.models.guidance import GuidanceConfig
 from umm_jax.stream import rounded_up
 
@@ -411,7 +411,7 @@ class _Line:
         )
         new: list[list[Piece]] = [[] for _ in rows]
         for size in {self.size[row] for row in np.flatnonzero(rows)}:
-            pixels = engine.draw(
+            pixels, finite = engine.draw(
                 self._of(self.main),
                 branches,
                 keys,
@@ -420,6 +420,7 @@ class _Line:
                 text=self.drawing.text,
                 guidance=self.drawing.guidance,
             )
+            check_drawn(self.conversations, rows & np.array([s == size for s in self.size]), finite)
             for row in np.flatnonzero(rows):
                 if self.size[row] == size:
                     self.made[row].append(pixels[row])

@@ -184,12 +184,14 @@ class Engine:
         )
         return memory, Written(*map(np.asarray, (ids, count, stop)))
 
-    def draw(self, memory: Memory, keys: jax.Array, *, guidance: float, steps: int) -> np.ndarray:
-        """Samples the image each row's newest token asks for: uint8 [B, side, side, 3]."""
+    def draw(self, memory: Memory, keys: jax.Array, *, guidance: float, steps: int):
+        """Samples the image each row's newest token asks for: uint8 [B, side, side, 3].
+
+        And whether all of it is numbers, bool [B].
+        """
         guided = guidance != 1
-        return np.asarray(
-            self._draw(self.params, memory, keys, jnp.float32(guidance), steps=steps, guided=guided)
-        )
+        made = self._draw(self.params, memory, keys, jnp.float32(guidance), steps=steps, guided=guided)
+        return tuple(map(np.asarray, made))
 
     def look(self, memory: Memory, pixels: np.ndarray, active: np.ndarray) -> Memory:
         """Reads the pictures just drawn [B, side, side, 3] into their slots, for the active rows."""

@@ -15,7 +15,7 @@ import numpy as np
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Conversation, Image, ImageData, Part, Turn
 from umm_jax.errors import ConfigError, DataError
-from umm_jax.families.contract import Reply
+from umm_jax.families.contract import Reply, check_drawn
 from umm_jax.families.mm_interleaved.config import ModelConfig
 from umm_jax.families.mm_interleaved.engine import NOWHERE, Engine, Memory, TextSettings
 from umm_jax.families.mm_interleaved.stream import Serializer, fit
@@ -151,7 +151,8 @@ class Replier:
             if not active.any():
                 break
             draw_keys = jax.vmap(jax.random.fold_in)(keys, jnp.asarray(1_000_000 + drawn))
-            pixels = self.engine.draw(memory, draw_keys, guidance=guidance, steps=steps)
+            pixels, finite = self.engine.draw(memory, draw_keys, guidance=guidance, steps=steps)
+            check_drawn(conversations, active, finite)
             shown = np.stack([fit(p, side) for p in pixels])
             memory = self.engine.look(memory, shown, active)
             for b in np.flatnonzero(active):

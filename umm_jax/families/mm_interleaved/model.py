@@ -207,10 +207,14 @@ class MMInterleaved(nnx.Module):
         """What the decoder's synchronizer samples of the maps [b, N, h, w, C] of the images it may see."""
         return None if self.unet_sync is None else self.unet_sync.project(maps)
 
-    def sample(self, condition, mask, maps, visible, keys, guidance, *, steps: int) -> jax.Array:
-        """Draws an image per condition: uint8 [b, side, side, 3]; see :meth:`paint`."""
+    def sample(self, condition, mask, maps, visible, keys, guidance, *, steps: int):
+        """Draws an image per condition: uint8 [b, side, side, 3], and whether all of it is numbers, bool [b].
+
+        See :meth:`paint`.
+        """
         pixels = self.paint(condition, mask, maps, visible, keys, guidance, steps=steps)
-        return jnp.round(pixels * 255).astype(jnp.uint8)
+        finite = jnp.all(jnp.isfinite(pixels), axis=(1, 2, 3))
+        return jnp.round(pixels * 255).astype(jnp.uint8), finite
 
     def paint(self, condition, mask, maps, visible, keys, guidance, *, steps: int, **given) -> jax.Array:
         """Draws an image per condition: float32 [b, side, side, 3] in [0, 1].
