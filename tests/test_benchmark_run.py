@@ -41,7 +41,7 @@ def answers(out):
 
 
 def test_two_processes_give_what_one_gives(run, one, tmp_path):
-    """Same seeds, same batches, each in a process of its own: the same replies, pictures and scores."""
+    """Same seeds, same batches, each in a process of its own, one with the model split over two devices."""
     out = tmp_path / "two"
     umm("eval", "plan", f"--run={run}", *TASK, f"--out={out}")
     asking = [
@@ -56,7 +56,7 @@ def test_two_processes_give_what_one_gives(run, one, tmp_path):
                 "--batch-size=2",
                 f"--share={k}/2",
             ],
-            env={**environment(1), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+            env={**environment(1 + k), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
             stderr=subprocess.PIPE,
             text=True,
         )

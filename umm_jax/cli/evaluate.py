@@ -35,6 +35,7 @@ def add(commands) -> None:
     p = command(of_eval, "run", _run, "Ask what was planned and has no response yet; may be killed any time.")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of umm eval plan")
     p.add_argument("--batch-size", type=positive, help="docs asked together (default: that of the config)")
+    p.add_argument("--devices", type=positive, help="that hold a part of the model each (default: all here)")
     p.add_argument("--share", default="0/1", metavar="K/N", help="of N processes, this is the K-th, from 0")
 
     p = command(of_eval, "score", _score, "Score responses on a benchmark; needs its annotations, no model.")
@@ -131,7 +132,7 @@ def _run(args) -> None:
     spent = benchmark.run(
         args.out,
         planned,
-        lambda: attended(load_run(model["folder"], model["step"], model["weights"])),
+        lambda: attended(load_run(model["folder"], model["step"], model["weights"], devices=args.devices)),
         batch_size=args.batch_size or identity.run.eval.batch_size,
         index=int(index),
         count=int(count),

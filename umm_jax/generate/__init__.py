@@ -124,6 +124,7 @@ def load_run(
     step: int | None = None,
     weights: str | None = None,
     overrides: Sequence[str] = (),
+    devices: int | None = None,
 ) -> Loaded:
     """Reads config.json, tokenizer.model and a checkpoint of a run.
 
@@ -131,22 +132,27 @@ def load_run(
         step: the newest checkpoint unless given.
         weights: "raw", or "ema" for the averaged ones; what the run is judged by unless given.
         overrides: ``--config.a.b=VALUE``, of how it replies; of its model, what no parameter depends on.
+        devices: of this process, which hold a part of the parameters each; all of them unless given.
 
     Raises:
         CheckpointError: not a run directory, no such checkpoint, or none of averaged weights.
-        ConfigError: overrides. DataError: its tokenizer cannot be read.
+        ConfigError: overrides. DataError: its tokenizer cannot be read. DeviceError: fewer devices.
     """
     folder = Path(run_dir)
     run = configs.load(_config(folder), list(overrides))
-    from umm_jax import families
+    import jax
+
+    from umm_jax import families, sharding
     from umm_jax.data.tokenizer import Tokenizer
     from umm_jax.train.checkpoint import Checkpoints, load_params
     from umm_jax.train.optimizer import flatten
 
+    held = jax.local_devices()[:devices]
+    mesh = sharding.make_mesh(configs.MeshConfig(1, devices or len(held), 1), held)
     weights = weights or run.eval.weights
     if step is None:
         step = Checkpoints(folder / "checkpoints", read_only=True).latest()
-    _, model_config, params = load_params(folder, weights=weights, step=step)
+    _, model_config, params = load_params(folder, mesh=mesh, weights=weights, step=step)
     model_config = _overridden(model_config, overrides)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     replier = families.get(run.family).generate.Replier(model_config, params, tokenizer)
