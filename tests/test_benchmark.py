@@ -241,6 +241,32 @@ def test_scores_are_of_the_annotations_that_were_asked(tmp_path, data):
         benchmark.score(tmp_path / "out")
 
 
+def test_figures_are_means_of_docs_whatever_the_batches_and_shares(tmp_path, data):
+    """Not of batches, whose last one is filled up; and rows that fill it up are not kept."""
+    figures = []
+    for name, size, count in (("a", 3, 1), ("b", 7, 1), ("c", 4, 3)):
+        for index in range(count):
+            run(tmp_path / name, data, Rules(), batch_size=size, index=index, count=count)
+        figures.append(benchmark.score(tmp_path / name))
+        kept = [line["id"] for path in Folder(tmp_path / name).shards() for line in read_lines(path)]
+        assert sorted(kept) == [str(i) for i in range(10)]
+    assert figures[0] == figures[1] == figures[2] and figures[0]["n"] == 9
+    assert figures[0]["metrics"]["accuracy"]["value"] == pytest.approx(
+        100 * sum(figures[0]["docs"].values()) / 9
+    )
+
+
+def test_shares_are_merged_by_id_and_not_by_place(tmp_path, data):
+    run(tmp_path / "a", data, Rules())
+    expected = benchmark.score(tmp_path / "a")
+    (shard,) = Folder(tmp_path / "a").shards()
+    lines = shard.read_bytes().splitlines(keepends=True)
+    # As two processes leave them: in another order, one line in both files.
+    shard.write_bytes(b"".join(reversed(lines[4:])))
+    (tmp_path / "a" / "responses-00001-of-00002.jsonl").write_bytes(b"".join(lines[:5]))
+    assert benchmark.score(tmp_path / "a") == expected
+
+
 # --- tables -----------------------------------------------------------------------------------------
 
 
