@@ -48,6 +48,22 @@ def add(commands) -> None:
     )
 
     p = command(
+        of_eval, "export", _export, "Write replies' pictures as a benchmark's official tool wants them."
+    )
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of umm eval run")
+    p.add_argument("--to", required=True, metavar="DIR", help="folder to make")
+
+    p = command(of_eval, "judge", _judge, "Have an OpenAI-compatible endpoint judge replies' pictures.")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of umm eval run")
+    p.add_argument("--to", required=True, metavar="FILE", help="file of verdicts, for --set verdicts=FILE")
+    p.add_argument("--url", required=True, help="of the endpoint, up to /v1")
+    p.add_argument("--model", required=True, help="its name there")
+    p.add_argument("--key", default="", metavar="NAME", help="variable of the environment with the key")
+    p.add_argument("--cache", metavar="FILE", help="of answers, so that nothing is asked twice (TO.cache)")
+    p.add_argument("--seconds", type=positive, default=120, help="for one answer")
+    p.add_argument("--budget", type=natural, default=0, help="most requests; 0 is no bound")
+
+    p = command(
         of_eval, "table", _table, "Set score files side by side; cells that cannot be compared say so."
     )
     p.add_argument("scores", nargs="+", help="score files, or folders of them; NAME=PATH names a column")
@@ -146,11 +162,11 @@ def _score(args) -> None:
     if (args.out is None) == (args.responses is None):
         raise ConfigError("umm eval score: needs --out=DIR of umm eval run, or --responses=FILE and --task")
     if args.out is not None:
-        if args.task or args.data_root or args.limit or args.set:
+        if args.task or args.data_root or args.limit:
             raise ConfigError(
                 "umm eval score: --out=DIR says what was asked; leave out --task and its settings"
             )
-        figures = benchmark.score(args.out, partial=args.partial)
+        figures = benchmark.score(args.out, judging=set_values(args.set), partial=args.partial)
     else:
         if not (args.task and args.data_root):
             raise ConfigError("umm eval score: --responses=FILE needs --task=NAME and --data-root=DIR")
@@ -165,6 +181,41 @@ def _score(args) -> None:
     print(scoring.lines(figures))
     if args.json:
         scoring.write(args.json, figures)
+
+
+def _export(args) -> None:
+    from umm_jax.evaluate import benchmark
+    from umm_jax.evaluate.store import Folder
+
+    task, _, docs, _ = benchmark.planned_docs(args.out)
+    if task.export is None:
+        raise ConfigError(f"umm eval export: {task.name} is scored here; no other tool wants its replies")
+    missing = task.export(docs, Folder(args.out).responses(), args.to)
+    print(f"wrote {args.to}: {len(docs) - len(missing)} of {len(docs)} docs have a picture")
+
+
+def _judge(args) -> None:
+    from umm_jax.evaluate import benchmark, judges
+    from umm_jax.evaluate.store import Folder
+
+    task, _, docs, _ = benchmark.planned_docs(args.out)
+    if task.questions is None:
+        raise ConfigError(f"umm eval judge: {task.name} asks no judge")
+    chosen = judges.JudgeSettings(
+        "openai",
+        url=args.url,
+        model=args.model,
+        key=args.key,
+        seconds=args.seconds,
+        budget=args.budget,
+        cache=args.cache or f"{args.to}.cache",
+    )
+    judge = judges.make(chosen, task.templates)
+    asked = task.questions(docs, Folder(args.out).responses())
+    counts = judges.collect(judge, asked, args.to)
+    print(
+        f"wrote {args.to}: {counts['asked']} asked of {judge.identity}, {counts['failed']} without an answer"
+    )
 
 
 def _table(args) -> None:

@@ -250,26 +250,44 @@ def run(
     return spent
 
 
-def planned_docs(folder: str | Path) -> tuple[list[Doc], str]:
-    """(docs, hash of what they were read from) of a plan. Raises DataError, ConfigError."""
+def planned_docs(
+    folder: str | Path, judging: Mapping[str, Any] | None = None
+) -> tuple[Task, Any, list[Doc], str]:
+    """(task, settings, docs, hash of what they were read from) of a plan.
+
+    Args:
+        judging: values of the settings that say who judged, see ``contract.Task``; others stay as planned.
+
+    Raises:
+        DataError: nothing planned, or annotations. ConfigError: another setting than those.
+    """
     planned = Folder(folder).plan()
     task = tasks.get(planned["task"])
-    settings = scoring.settings_of(task, planned["settings"])
+    if odd := set(judging or ()) - set(task.judging):
+        allowed = ", ".join(task.judging) or "nothing"
+        raise ConfigError(
+            f"{folder}: {', '.join(sorted(odd))} was set when this was planned; {allowed} may be set now"
+        )
+    settings = scoring.settings_of(task, {**planned["settings"], **(judging or {})})
     world = configs.from_dict(WorldConfig, planned["world"], "world") if planned["world"] else None
-    return read_docs(task, settings, planned["data_root"], world, planned["limit"])
+    return task, settings, *read_docs(task, settings, planned["data_root"], world, planned["limit"])
 
 
-def score(folder: str | Path, *, partial: bool = False) -> dict[str, Any]:
+def score(
+    folder: str | Path, *, judging: Mapping[str, Any] | None = None, partial: bool = False
+) -> dict[str, Any]:
     """Marks what came back and writes the figures; needs neither the model nor its run.
+
+    Args:
+        judging: see :func:`planned_docs`.
 
     Raises:
         DataError: nothing planned, docs without a response, or annotations other than those planned with.
+        ConfigError: another setting than those.
     """
     stored = Folder(folder)
     planned = stored.plan()
-    task = tasks.get(planned["task"])
-    settings = scoring.settings_of(task, planned["settings"])
-    docs, dataset_hash = planned_docs(folder)
+    task, settings, docs, dataset_hash = planned_docs(folder, judging)
     if dataset_hash != planned["dataset_hash"]:
         raise DataError(
             f"{folder}: the annotations are not those the docs were asked from; put those back, or plan and "

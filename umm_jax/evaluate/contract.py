@@ -173,6 +173,11 @@ class Task:
         scale: what the headline is between; for the report.
         units: (records, settings) -> {id: headline figure of that unit}, where the headline is of groups of
             docs; for paired comparisons. Without it, the units are docs.
+        judging: settings that say who judged replies and where that lies. They may be given when replies are
+            scored, and cells that differ in them alone are compared, if the judge is the same: each record
+            tells it as `judge` among its marks' parts.
+        export: (docs, responses, folder) -> ids without a picture; writes what an official tool wants.
+        questions: (docs, responses) -> what a judge is asked, see ``judges.Asked``; templates: its words.
     """
 
     name: str
@@ -190,6 +195,10 @@ class Task:
     scale: tuple[float, float] = (0, 100)
     source: Literal["files", "world"] = "files"
     units: Callable[[Sequence[Record], Any], Mapping[str, float]] | None = None
+    judging: tuple[str, ...] = ()
+    export: Callable[[Sequence[Doc], Mapping[str, Response], Any], Sequence[str]] | None = None
+    questions: Callable[[Sequence[Doc], Mapping[str, Response]], Iterable[Any]] | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- adding up ----------------------------------------------------------------------------------------

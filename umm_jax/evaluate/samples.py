@@ -27,7 +27,7 @@ def section(folder: str | Path, title: str) -> str:
     if figures is None:
         return ""
     values = _values(stored.path / SCORES, figures["headline"])
-    docs = {doc.id: doc for doc in benchmark.planned_docs(folder)[0]}
+    docs = {doc.id: doc for doc in benchmark.planned_docs(folder)[2]}
     found = stored.responses()
     best, worst = chosen(values)
     tiles = [_tile(docs[id], found[id], values[id], True) for id in best if id in docs]

@@ -75,9 +75,8 @@ def result(
     responses_hash: str = "",
     failed: int = 0,
     limit: int | None = None,
-    judge: str | None = None,
 ) -> dict[str, Any]:
-    """The content of a score file."""
+    """The content of a score file. Raises DataError: records of several judges."""
     scores = task.total(records, settings)
     head = scores[task.headline]
     return {
@@ -93,7 +92,7 @@ def result(
         "stderr": head.stderr,
         "parse_rate": parse_rate(records),
         "cost_class": task.cost,
-        "judge": judge,
+        "judge": _judge_of(task, records),
         "settings": configs.to_dict(settings),
         "prompt_hash": digest(task.prompt),
         "post": task.post,
@@ -103,6 +102,18 @@ def result(
         "versions": {"umm_jax": __version__},
         "docs": dict(units(task, records, settings)),
     }
+
+
+def _judge_of(task: Task, records: Sequence[Record]) -> str | None:
+    found = sorted({r.marks.parts["judge"] for r in records if r.marks.parts.get("judge")})
+    if len(found) > 1:
+        raise DataError(f"{task.name}: replies were judged by several: {', '.join(found[:3])}")
+    return found[0] if found else None
+
+
+def compared(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task's settings as plain values, those that change what is measured."""
+    return {key: value for key, value in settings.items() if key not in task.judging}
 
 
 def units(task: Task, records: Sequence[Record], settings: Any) -> Mapping[str, float]:

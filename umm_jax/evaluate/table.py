@@ -20,7 +20,7 @@ from umm_jax import config as configs
 from umm_jax.errors import DataError
 from umm_jax.evaluate import html, tasks
 from umm_jax.evaluate.contract import Task
-from umm_jax.evaluate.scoring import SCHEMA
+from umm_jax.evaluate.scoring import SCHEMA, compared
 
 # What must be equal, and how a reader is told that it is not.
 COMPARED = {
@@ -98,7 +98,7 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def row_of(task: Task, settings: Any) -> str:
     """Names the row of a benchmark: its task, and what differs from the task's own settings."""
-    plain, usual = configs.to_dict(settings), configs.to_dict(task.Settings())
+    plain, usual = (compared(task, configs.to_dict(s)) for s in (settings, task.Settings()))
     said = [f"{key}={value}" for key, value in plain.items() if value != usual[key]]
     return f"{task.name} ({', '.join(said)})" if said else task.name
 
@@ -124,7 +124,9 @@ def _cell(found: Mapping[str, Any] | None, first: Mapping[str, Any], figure: str
     score = found["metrics"].get(name)
     if score is None:
         return Cell(None, missing=f"has no {name}")
-    differs = [text for key, text in COMPARED.items() if found.get(key) != first.get(key)]
+    task = tasks.get(found["task"])
+    here, there = ({**f, "settings": compared(task, f["settings"])} for f in (found, first))
+    differs = [text for key, text in COMPARED.items() if here.get(key) != there.get(key)]
     if found["docs"].keys() != first["docs"].keys():
         differs.append("docs")
     marks = []

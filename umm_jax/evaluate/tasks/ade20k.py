@@ -194,4 +194,5 @@ TASK = Task(
     prompt=str(PROMPTS),
     post="the first picture at the label map's size",
     cost="B",
+    judging=("predictions",),
 )
