@@ -51,6 +51,8 @@ setup(
         "tfds": TFDS,
         # Caption metrics, and masks from polygons, as the official evaluators have them.
         "eval": EVAL,
+        # Features of pictures by the Inception network of published Fréchet distances; brings torch.
+        "fid": ["clean-fid>=0.1.35", *TORCH],
         # umm data ... --beam; best in an environment of its own, for it pins much.
         "beam": ["apache-beam>=2.60"],
         # The TPU compiler without a TPU: ahead-of-time compilation and memory estimates on any Linux host.

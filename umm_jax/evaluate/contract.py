@@ -119,7 +119,7 @@ class Marks:
     Attributes:
         values: figures of this doc alone, as a task defines them; those of which means are taken lie in 0..1.
         invalid: why nothing could be read in the reply, where nothing could: it counts as wrong, and apart.
-        parts: plain values that a task's `total` needs beyond figures, e.g. areas to be added up.
+        parts: what a task's `total` needs beyond figures, e.g. areas to be added up; in memory alone.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -173,6 +173,8 @@ class Task:
         scale: what the headline is between; for the report.
         units: (records, settings) -> {id: headline figure of that unit}, where the headline is of groups of
             docs; for paired comparisons. Without it, the units are docs.
+        noted: (records, settings) -> {name: text} of what else figures depend on, such as the tokenizer that
+            was at hand; where that differs, cells are not compared.
         judging: settings that say who judged replies and where that lies. They may be given when replies are
             scored, and cells that differ in them alone are compared, if the judge is the same: each record
             tells it as `judge` among its marks' parts.
@@ -195,6 +197,7 @@ class Task:
     scale: tuple[float, float] = (0, 100)
     source: Literal["files", "world"] = "files"
     units: Callable[[Sequence[Record], Any], Mapping[str, float]] | None = None
+    noted: Callable[[Sequence[Record], Any], Mapping[str, str]] | None = None
     judging: tuple[str, ...] = ()
     export: Callable[[Sequence[Doc], Mapping[str, Response], Any], Sequence[str]] | None = None
     questions: Callable[[Sequence[Doc], Mapping[str, Response]], Iterable[Any]] | None = None

@@ -3,7 +3,8 @@
     {"id": "262148000", "text": "down"}                 from anywhere; also "scores": [...],
                                                         "images": ["a.png"], "boxes": [[x0, y0, x1, y1]] in
                                                         fractions of the picture, "masks": [COCO's {"size",
-                                                        "counts"}]
+                                                        "counts"}]; or all in order, one to an object:
+                                                        "parts": [{"text": ...}, {"image": "a.png"}]
     {"id": ..., "request": ..., "turns": [...], ...}    the runner's own, pictures named by their hash
 
 A line that was being written when a run died is torn: the last one is dropped, and its doc is asked again.
@@ -98,23 +99,37 @@ def parse(line: Mapping[str, Any], folder: Path, where: str) -> Response:
     return _foreign(id, line, scores, folder, where)
 
 
+_ONE_BY_ONE = {"text": "text", "images": "image", "boxes": "box", "masks": "mask"}
+
+
 def _foreign(id: str, line: Mapping[str, Any], scores, folder: Path, where: str) -> Response:
     """A reply as other programs write it."""
-    if not line.keys() & {"text", "scores", "images", "boxes", "masks"}:
-        raise DataError(f"{where}: has none of 'text', 'scores', 'images', 'boxes', 'masks'")
-    text = line.get("text") or ""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: 'text' must be a string, it is {str(text)[:60]!r}")
-    parts: list[Part] = [Text(text)] if text else []
+    if not line.keys() & {"parts", "scores", *_ONE_BY_ONE}:
+        raise DataError(f"{where}: has none of 'text', 'scores', 'parts', 'images', 'boxes', 'masks'")
+    said = line.get("parts")
+    if said is None:
+        said = [{"text": line.get("text") or ""}]
+        for name in ("images", "boxes", "masks"):
+            said += [{_ONE_BY_ONE[name]: value} for value in line.get(name) or ()]
+    parts: list[Part] = []
     images = {}
-    for name in line.get("images") or ():
-        images[name] = picture(folder / name, where)
-        parts.append(Image(name))
-    for box in line.get("boxes") or ():
-        if not isinstance(box, Sequence) or len(box) != 4 or not all(_finite(v) for v in box):
-            raise DataError(f"{where}: a box must be four numbers, it is {str(box)[:80]}")
-        parts.append(Box("", tuple(float(v) for v in box)))
-    parts += [Mask.from_array("", rle.decode(mask, where)) for mask in line.get("masks") or ()]
+    for one in said:
+        if not isinstance(one, Mapping) or len(one) != 1 or not one.keys() <= set(_ONE_BY_ONE.values()):
+            raise DataError(f"{where}: a part must be one of text, image, box, mask; it is {str(one)[:80]}")
+        ((kind, value),) = one.items()
+        if kind in ("text", "image") and not isinstance(value, str):
+            raise DataError(f"{where}: {kind!r} must be a string, it is {str(value)[:60]!r}")
+        if kind == "image":
+            images[value] = picture(folder / value, where)
+            parts.append(Image(value))
+        elif kind == "box":
+            if not isinstance(value, Sequence) or len(value) != 4 or not all(_finite(v) for v in value):
+                raise DataError(f"{where}: a box must be four numbers, it is {str(value)[:80]}")
+            parts.append(Box("", tuple(float(v) for v in value)))
+        elif kind == "mask":
+            parts.append(Mask.from_array("", rle.decode(value, where)))
+        elif value:
+            parts.append(Text(value))
     return Response(id, (Turn("assistant", tuple(parts)),), images, scores)
 
 

@@ -6,7 +6,7 @@ A score file (``umm eval score --json``) holds
     metrics                          {figure: {"value", "stderr", "n", "n_invalid", "reason"}}
     n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked
     parse_rate                       share of the marked replies in which something could be read
-    cost_class, judge, settings, prompt_hash, post, dataset_hash, responses_hash, versions
+    cost_class, judge, noted, settings, prompt_hash, post, dataset_hash, responses_hash, versions
     docs                             {id: headline figure of that doc or group}, for paired comparisons
 
 Figures that differ in judge, settings, prompt, post-processing or data are not comparable, and
@@ -93,6 +93,7 @@ def result(
         "parse_rate": parse_rate(records),
         "cost_class": task.cost,
         "judge": _judge_of(task, records),
+        "noted": dict(task.noted(records, settings)) if task.noted else {},
         "settings": configs.to_dict(settings),
         "prompt_hash": digest(task.prompt),
         "post": task.post,

@@ -30,6 +30,7 @@ COMPARED = {
     "post": "post-processing",
     "dataset_hash": "annotations",
     "judge": "judge",
+    "noted": "tools at hand",
     "limit": "limit",
 }
 RESAMPLES = 10_000

@@ -82,8 +82,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _clean_fid(folder: Path) -> Extractor:
     torch = extra("torch", "features of pictures", "torch", "torch")
-    resize = extra("cleanfid.resize", "features of pictures", "clean-fid", "eval").build_resizer("clean")
-    inception = extra("cleanfid.inception_torchscript", "features of pictures", "clean-fid", "eval")
+    resize = extra("cleanfid.resize", "features of pictures", "clean-fid", "fid").build_resizer("clean")
+    inception = extra("cleanfid.inception_torchscript", "features of pictures", "clean-fid", "fid")
     if not (folder / _WEIGHTS).exists():
         raise ConfigError(f"features need {folder / _WEIGHTS}, the weights that clean-fid fetches")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -233,6 +233,11 @@ def units(records: Sequence[Record], settings: Settings) -> dict[str, float]:
         return {}
 
 
+def noted(records: Sequence[Record], settings: Settings) -> dict[str, str]:
+    """Whose words figures are of: with Java the evaluator's own, else ours."""
+    return {"words": _words(_compared(records), settings.tokenizer).by} if records else {}
+
+
 def _task(name: str, docs, files: str, settings: type = Settings, tokens: int = 64) -> Task:
     return Task(
         name,
@@ -247,6 +252,7 @@ def _task(name: str, docs, files: str, settings: type = Settings, tokens: int = 
         post="words of the Penn Treebank without punctuation, see the figures' reasons",
         scale=(0, 1000),
         units=units,
+        noted=noted,
     )
 
 

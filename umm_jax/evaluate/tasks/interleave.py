@@ -12,9 +12,8 @@ is an accident of writing; ISG-Bench's own script does not join them. Texts of n
 ISG-Bench's script; `count` the share with the right number of pictures; `distance` the mean number of blocks
 to be put in, taken out or changed, over the length of the longer, in percent: 0 is best.
 
-Replies of other programs that are a "text" with "images" are read as that text followed by its pictures. A
-reply that alternates is told in turns: {"id": ..., "turns": [[{"kind": "text", "text": "..."}, {"kind":
-"image", "ref": "file in media/"}]]}.
+Replies of other programs tell their blocks in order as "parts"; a "text" with "images" is read as that text
+followed by its pictures.
 """
 
 from collections.abc import Iterator, Sequence
