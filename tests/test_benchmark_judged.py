@@ -742,7 +742,7 @@ def test_wise_asks_a_judge_about_what_was_drawn(tmp_path):
     (asked,) = wise.questions(docs, drawn("401"))
     assert asked.id == "401" and asked.pictures == (PICTURE,)
     assert "Prompt: p401\nExplanation: e401 {prompt}\n" in asked.prompt, "a value is no template"
-    assert wise.export(docs, drawn("401"), tmp_path / "out") == [str(i) for i in WISE_IDS if i != 401]
+    assert verdicts.export(docs, drawn("401"), tmp_path / "out") == [str(i) for i in WISE_IDS if i != 401]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["401.png"]
     (tmp_path / wise.FILES[0]).write_text('[{"prompt_id": 2001, "Prompt": "p", "Explanation": "e"}]')
     with pytest.raises(DataError, match="prompts 1 to 1000, not 2001"):
@@ -1002,7 +1002,7 @@ def test_imgedit_from_a_judge_to_a_figure(tmp_path, server):
     judges.collect(judge_of(server, tmp_path / "c"), asked, tmp_path / "w.jsonl")
     found = figures("imgedit", tmp_path, respond(tmp_path, EDITS), verdicts="w.jsonl")
     assert value(found, "overall_by_sample") is None and value(found, "skipped") == 5
-    assert imgedit.export(docs, drawn("10"), tmp_path / "out") == ["11", "12", "13", "14"]
+    assert verdicts.export(docs, drawn("10"), tmp_path / "out") == ["11", "12", "13", "14"]
 
 
 # --- all of them --------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from typing import Any
 from umm_jax.conversation import ImageData
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import DataError
-from umm_jax.evaluate import contract, responses
+from umm_jax.evaluate import contract
+from umm_jax.evaluate import responses as replies
 from umm_jax.evaluate.contract import Marks, Record, Response, Score
 from umm_jax.evaluate.measures import groups
 from umm_jax.evaluate.source import Source
@@ -77,7 +78,7 @@ def place(source: Source, name: str) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines. Raises DataError: damaged, or empty."""
-    found = responses.read_lines(path)
+    found = replies.read_lines(path)
     if not found:
         raise DataError(f"{path}: holds no verdicts")
     return found
@@ -267,3 +268,19 @@ def save(image: ImageData, path: Path) -> None:
     buffer = io.BytesIO()
     image.picture().save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
+
+
+def export(docs: Sequence[contract.Doc], responses: Mapping[str, Response], outdir: str | Path) -> list[str]:
+    """Writes <id>.png of each doc into a new or empty folder; ids of docs without a picture.
+
+    Raises:
+        DataError: the folder has something in it. StorageError.
+    """
+    folder, missing = fresh_folder(outdir), []
+    for doc in docs:
+        picture = drawn(responses.get(doc.id))
+        if picture is None:
+            missing.append(doc.id)
+        else:
+            save(picture, folder / f"{doc.id}.png")
+    return missing

@@ -207,22 +207,6 @@ def questions(
         yield judges.Asked(doc.id, "", words, (doc.conversation().images["image"], picture))
 
 
-def export(docs: Sequence[Doc], responses: Mapping[str, Response], outdir: str | Path) -> list[str]:
-    """Writes <key>.png for the official tool into a new or empty folder; ids of docs without a picture.
-
-    Raises:
-        DataError: the folder has something in it. StorageError.
-    """
-    folder, missing = verdicts.fresh_folder(outdir), []
-    for doc in docs:
-        picture = verdicts.drawn(responses.get(doc.id))
-        if picture is None:
-            missing.append(doc.id)
-        else:
-            verdicts.save(picture, folder / f"{doc.id}.png")
-    return missing
-
-
 TASK = Task(
     "imgedit",
     docs,
@@ -238,7 +222,7 @@ TASK = Task(
     scale=(1, 5),
     units=units,
     judging=("verdicts", "judge"),
-    export=export,
+    export=verdicts.export,
     questions=questions,
     templates=TEMPLATES,
 )

@@ -24,6 +24,7 @@ from pathlib import Path
 from umm_jax.conversation import Image, Part, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Response, Task, means, user
+from umm_jax.evaluate.measures.routing import edit_distance
 from umm_jax.evaluate.source import Source, take
 
 KINDS = ("text", "image")
@@ -89,12 +90,7 @@ def joined(kinds: Sequence[str]) -> tuple[str, ...]:
 
 def distance(a: Sequence[str], b: Sequence[str]) -> float:
     """Levenshtein's, over the length of the longer: 0 where they are the same, 1 at most."""
-    row = list(range(len(b) + 1))
-    for i, one in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
-    return row[-1] / max(len(a), len(b), 1)
+    return edit_distance(a, b) / max(len(a), len(b), 1)
 
 
 def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
