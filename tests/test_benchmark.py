@@ -116,7 +116,7 @@ def test_a_run_goes_on_after_a_torn_line(tmp_path, data):
         benchmark.write_plan(out, planned(data), MODEL)
         path = out / "responses-00000-of-00001.jsonl"
         path.write_bytes(lines[:cut])
-        kept = len(read_lines(path))
+        kept = len(read_lines(path, torn=True))
         spent = run(out, data, Rules())
         assert spent.docs == 10 - kept
         assert sorted(path.read_bytes().splitlines()) == sorted(lines.splitlines())
@@ -563,3 +563,42 @@ def test_figures_by_other_tools_at_hand_are_not_compared(tmp_path, data):
     a = scored(tmp_path, data, "a", {str(i): "x" for i in range(10)})
     b = table.Column("b", {"vqav2": a.scores["vqav2"] | {"noted": {"words": "ptb-python"}}})
     assert table.build([a, b]).notes == ["not comparable with the first of its row: another tools at hand"]
+
+
+# --- what readers of tables might take for something else -------------------------------------------
+
+
+def test_two_scores_of_one_row_need_a_column_each(tmp_path, data):
+    for name in ("a", "b"):
+        run(tmp_path / "runs" / name, data, Rules())
+        benchmark.score(tmp_path / "runs" / name)
+    with pytest.raises(DataError, match="holds two of vqav2"):
+        table.read(tmp_path / "runs")
+    assert list(table.read(tmp_path / "runs" / "a")) == ["vqav2"]
+
+
+def test_a_chosen_figure_is_named_and_tables_name_each_column_once(tmp_path, data):
+    a = scored(tmp_path, data, "a", {str(i): "word 1" for i in range(10)})
+    made = table.build([a], "accuracy/answer_type=other")
+    assert "| accuracy/answer_type=other | - |" in table.markdown(made)
+    assert "| accuracy | 0 to 100 |" in table.markdown(table.build([a]))
+    head = table.comma_separated(made).splitlines()[0].split(",")
+    assert len(head) == len(set(head)) and "n" in head
+
+
+def test_figures_of_other_docs_are_marked_though_none_of_them_has_its_own(tmp_path):
+    """Where the headline is of areas added up, score files hold no value of a doc; ids tell them apart."""
+    figures = {"docs": {}, "ids_hash": "1", "headline": "x", "metrics": {"x": {"value": 1.0, "stderr": None}}}
+    figures["metrics"]["x"] |= {"n": 1, "n_invalid": 0, "reason": ""}
+    figures |= {"n_failed": 0, "parse_rate": 1.0, "task": "refcoco-res", "settings": {}, "cost_class": "A"}
+    other = figures | {"ids_hash": "2"}
+    made = table.build([table.Column("a", {"r": figures}), table.Column("b", {"r": other})])
+    assert made.notes == ["not comparable with the first of its row: another docs"]
+
+
+def test_a_torn_line_in_a_file_of_others_is_damage(tmp_path):
+    (tmp_path / "r").write_text('{"id": 1, "text": "a"}\n{"id": 2, "te')
+    with pytest.raises(DataError, match="line 2: not a JSON object"):
+        read(tmp_path / "r")
+    (tmp_path / "r").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}')
+    assert set(read(tmp_path / "r")) == {"1", "2"}

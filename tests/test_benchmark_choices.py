@@ -681,8 +681,8 @@ def test_seed_bench_by_likelihood(seed_folder):
     found = {"0": [-1.0, -1.0, -9.0, -9.0], "1": [-5.0, -4.5, -4.0, -7.0]}
     figures = score(seed_bench.TASK, seed_folder, found, key="scores", by="likelihood")
     assert value(figures, "accuracy") == 50 and value(figures, "accuracy_strict") is None
-    with pytest.raises(DataError, match="response 0: has 0 'scores'"):
-        score(seed_bench.TASK, seed_folder, {"0": "A", "1": "B"}, by="likelihood")
+    figures = score(seed_bench.TASK, seed_folder, {"0": "A", "1": "B"}, by="likelihood")
+    assert value(figures, "accuracy") == 0 and figures["n_invalid"] == 2, "letters are no likelihoods"
 
 
 def test_seed_bench_faults(seed_folder):

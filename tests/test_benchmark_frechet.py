@@ -211,7 +211,7 @@ def test_clean_fid_is_only_used_where_all_of_it_is_there(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cleanfid", None)
     monkeypatch.setitem(sys.modules, "cleanfid.resize", None)
-    with pytest.raises(ConfigError, match=r"need clean-fid: .*\[eval\]"):
+    with pytest.raises(ConfigError, match=r"need clean-fid: .*\[fid\]"):
         features.extractor(f"clean-fid:{tmp_path}")
     monkeypatch.setitem(sys.modules, "cleanfid", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "cleanfid.resize", SimpleNamespace(build_resizer=build_resizer))

@@ -1027,8 +1027,6 @@ def test_what_is_asked_names_missing_files_and_hides_the_verdicts(tmp_path, name
     for doc in docs:
         doc.conversation().validate()
         assert doc.turns[-1].role == "user" and any(isinstance(p, Text) for p in doc.turns[0].parts)
-    before = Source(tmp_path, name)
-    list(tasks.get(name).docs(before, tasks.get(name).Settings()))
     with pytest.raises(DataError, match="no such file of verdicts"):
         docs_of(name, tmp_path, verdicts="nowhere.jsonl")
     marks = tasks.get(name).mark(docs[0], Response(docs[0].id), tasks.get(name).Settings())

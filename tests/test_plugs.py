@@ -117,10 +117,19 @@ def test_vlmevalkit_class_on_a_stand_in_of_its_base(run, tmp_path, monkeypatch):
     assert issubclass(UmmJax, base.BaseModel) and UmmJax.INTERLEAVE
     (path,) = pictures(tmp_path, 1)
     message = [{"type": "image", "value": str(path)}, {"type": "text", "value": QUESTION}]
+    assert model.settings.max_tokens == 6 and model.settings.mode == "text"
+    asked = []
+    reply = model.loaded.replier.reply
+    monkeypatch.setattr(
+        model.loaded.replier, "reply", lambda cs, *rest: asked.append(cs[0]) or reply(cs, *rest)
+    )
     first = model.generate_inner(message)
-    assert isinstance(first, str) and first == model.generate_inner(message)
+    # The same replies as of our own runner, for the id they are asked by.
+    assert first == own_replies(run, [asked[0].id], [path], 6)[0] == model.generate_inner(message)
     talk = [{"role": "user", "content": message}, {"role": "assistant", "content": [message[1]]}]
-    assert isinstance(model.chat_inner([*talk, {"role": "user", "content": [message[1]]}]), str)
+    model.chat_inner([*talk, {"role": "user", "content": [message[1]]}])
+    assert [turn.role for turn in asked[-1].turns] == ["user", "assistant", "user"]
+    assert asked[-1].turns[0].parts == (Image("image0"), Text(QUESTION))
     monkeypatch.delitem(sys.modules, "umm_jax.evaluate.plugs.vlmeval", raising=False)
 
 

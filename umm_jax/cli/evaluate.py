@@ -189,7 +189,9 @@ def _export(args) -> None:
 
     task, _, docs, _ = benchmark.planned_docs(args.out)
     if task.export is None:
-        raise ConfigError(f"umm eval export: {task.name} is scored here; no other tool wants its replies")
+        raise ConfigError(
+            f"umm eval export: {task.name} has no official tool that its replies are written for"
+        )
     missing = task.export(docs, Folder(args.out).responses(), args.to)
     print(f"wrote {args.to}: {len(docs) - len(missing)} of {len(docs)} docs have a picture")
 

@@ -1,9 +1,9 @@
-"""One model on one benchmark, in four steps over files: plan, run, score, report.
+"""One model on one benchmark, in four steps over files: plan, run, score, table.
 
     plan     what is asked: docs, settings, the hash of every request     needs annotations, the run's config
     run      asks what has no response yet                                needs the model
     score    marks the responses and adds up                              needs annotations alone
-    report   one table of several                                         needs score files alone
+    table    several side by side                                         needs score files alone
 
 Each may be run again and does only what is left. `run` may be killed at any time.
 """

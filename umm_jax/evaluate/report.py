@@ -225,8 +225,8 @@ def _curves(curves: Mapping[str, Any]) -> Iterable[str]:
     skills = {k: v for k, v in asked.items() if k in HEADLINE or k == "draw_scene_f1"}
     others = {k: v for k, v in asked.items() if k not in skills and not k.endswith("/parse_rate")}
     cards = [html.curves("Loss", losses, log=True), html.curves("Skills during training", skills, y=(0, 1))]
-    if others:
-        cards.append(html.curves("Benchmarks during training", others))
+    # Each on its own authors' scale.
+    cards += [html.curves(f"{name} during training", {name: points}) for name, points in others.items()]
     if "lr" in curves:
         cards.append(html.curves("Learning rate", {"lr": curves["lr"]}, smooth=False))
     if "grad_norm" in curves:

@@ -7,8 +7,8 @@
                                                         "parts": [{"text": ...}, {"image": "a.png"}]
     {"id": ..., "request": ..., "turns": [...], ...}    the runner's own, pictures named by their hash
 
-A line that was being written when a run died is torn: the last one is dropped, and its doc is asked again.
-A torn line anywhere else is damage, and said so.
+A line that the runner was writing when it died is torn: the last one is dropped, and its doc is asked again.
+Anywhere else, and in files of others, that is damage, and said so.
 """
 
 import json
@@ -27,11 +27,14 @@ from umm_jax.evaluate.measures import rle
 MEDIA = "media"  # the folder of a run's pictures, beside its responses
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, a torn last line left out.
+def read_lines(path: str | Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines.
+
+    Args:
+        torn: whether a last line that was cut short is left out, as a run that died leaves one.
 
     Raises:
-        DataError: not there, or damaged elsewhere; names the line.
+        DataError: not there, or damaged; names the line.
     """
     path = Path(path)
     try:
@@ -48,7 +51,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
                 raise ValueError("not an object")
         except (ValueError, UnicodeDecodeError) as error:
             # The last line has no line break after it unless it was written to its end.
-            if number == len(lines):
+            if torn and number == len(lines):
                 break
             raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
         found.append(value)
@@ -157,7 +160,7 @@ def picture(path: Path, where: str) -> ImageData:
 
 
 def line_of(response: Response, **further: Any) -> dict[str, Any]:
-    """The runner's form of a response, pictures named by their hash; see :func:`save_pictures`."""
+    """The runner's form of a response, pictures named by their hash; which ``store.Appending`` writes."""
     names = {ref: f"{image.sha256}.png" for ref, image in response.images.items()}
     turns = []
     for turn in response.turns:

@@ -1,7 +1,6 @@
 """What a model did best and worst on a benchmark, as tiles of a page."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from umm_jax.conversation import Image, ImageData
 from umm_jax.errors import DataError
 from umm_jax.evaluate import benchmark, html
 from umm_jax.evaluate.contract import Doc, Response
-from umm_jax.evaluate.store import SCORES, Folder
+from umm_jax.evaluate.store import Folder
 
 EACH = 4  # tiles of the best, and of the worst
 SIDE = 192  # pixels of the longer side of what is shown
@@ -17,7 +16,7 @@ _LETTERS = 400
 
 
 def section(folder: str | Path, title: str) -> str:
-    """Markup of a scored folder's best and worst docs; empty where it was not scored.
+    """Markup of a scored folder's best and worst docs; empty where it was not scored, or docs have no figure.
 
     Raises:
         DataError: the folder, or the annotations it was asked from, cannot be read.
@@ -26,12 +25,12 @@ def section(folder: str | Path, title: str) -> str:
     figures = stored.score()
     if figures is None:
         return ""
-    values = _values(stored.path / SCORES, figures["headline"])
+    values = figures["docs"]
     docs = {doc.id: doc for doc in benchmark.planned_docs(folder)[2]}
     found = stored.responses()
-    best, worst = chosen(values)
-    tiles = [_tile(docs[id], found[id], values[id], True) for id in best if id in docs]
-    tiles += [_tile(docs[id], found[id], values[id], False) for id in worst if id in docs]
+    best, worst = chosen({id: value for id, value in values.items() if id in docs and id in found})
+    tiles = [_tile(docs[id], found[id], values[id], True) for id in best]
+    tiles += [_tile(docs[id], found[id], values[id], False) for id in worst]
     return html.section(
         title, f"By {figures['headline']}: the best, then the worst.", html.grid(tiles, "tiles")
     )
@@ -43,19 +42,6 @@ def chosen(values: dict[str, float]) -> tuple[list[str], list[str]]:
     count = min(EACH, (len(ids) + 1) // 2)
     worst = sorted(ids[count:], key=lambda id: (values[id], id))
     return ids[:count], worst[:EACH]
-
-
-def _values(path: Path, headline: str) -> dict[str, float]:
-    """{doc's id: its headline figure, or the first it has}."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return {
-            row["id"]: row["values"].get(headline, next(iter(row["values"].values())))
-            for row in rows
-            if row["values"]
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); score again") from None
 
 
 def _tile(doc: Doc, response: Response, value: float, good: bool) -> str:

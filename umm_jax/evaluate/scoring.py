@@ -7,7 +7,9 @@ A score file (``umm eval score --json``) holds
     n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked
     parse_rate                       share of the marked replies in which something could be read
     cost_class, judge, noted, settings, prompt_hash, post, dataset_hash, responses_hash, versions
-    docs                             {id: headline figure of that doc or group}, for paired comparisons
+    ids_hash                         of the docs that were marked
+    docs                             {id: value} of docs or groups of them, on no scale but their own: their
+                                     mean moves as the headline does, and they are for paired comparisons
 
 Figures that differ in judge, settings, prompt, post-processing or data are not comparable, and
 ``umm eval table`` says so.
@@ -98,6 +100,7 @@ def result(
         "prompt_hash": digest(task.prompt),
         "post": task.post,
         "dataset_hash": dataset_hash,
+        "ids_hash": digest("\n".join(sorted(r.doc.id for r in records))),
         "responses_hash": responses_hash,
         "limit": limit,
         "versions": {"umm_jax": __version__},
@@ -182,8 +185,8 @@ def lines(figures: Mapping[str, Any]) -> str:
         f"{figures['task']}: n {figures['n']}, invalid {figures['n_invalid']}, failed {figures['n_failed']}"
     ]
     for name, one in figures["metrics"].items():
-        value = "-" if one["value"] is None else f"{one['value']:.2f}"
-        spread = "" if one["stderr"] is None else f" ± {one['stderr']:.2f}"
+        value = "-" if one["value"] is None else f"{one['value']:.4g}"
+        spread = "" if one["stderr"] is None else f" ± {one['stderr']:.2g}"
         why = f"  ({one['reason']})" if one["reason"] else ""
         found.append(f"  {name:32} {value}{spread}{why}")
     return "\n".join(found)

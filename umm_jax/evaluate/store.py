@@ -69,7 +69,7 @@ class Folder:
         """
         wanted, found = self.requests(), {}
         for shard in self.shards():
-            for line in replies.read_lines(shard):
+            for line in replies.read_lines(shard, torn=True):
                 if wanted.get(line.get("id")) == line.get("request"):
                     found[line["id"]] = line
         return found

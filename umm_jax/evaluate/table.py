@@ -32,6 +32,7 @@ COMPARED = {
     "judge": "judge",
     "noted": "tools at hand",
     "limit": "limit",
+    "ids_hash": "docs",
 }
 RESAMPLES = 10_000
 
@@ -70,19 +71,20 @@ class Table:
     rows: Mapping[str, Sequence[Cell]]
     about: Mapping[str, Mapping[str, Any]]
     notes: Sequence[str]
+    figure: str | None = None
 
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """{row: figures} of a score file, or of all score files below a folder.
 
     Raises:
-        DataError: none is there, or one is damaged or of another schema.
+        DataError: none is there, one is damaged or of another schema, or two would stand in one row.
     """
     path = Path(path)
     files = sorted(path.rglob("score.json")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: no score.json in it; umm eval score writes them")
-    found = {}
+    found, came = {}, {}
     for file in files:
         try:
             figures = json.loads(file.read_text())
@@ -93,7 +95,10 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         if not isinstance(figures, dict) or figures.get("schema") != SCHEMA or "metrics" not in figures:
             raise DataError(f"{file}: no score file of this release (umm eval score --json)")
         task = tasks.get(figures["task"])
-        found[row_of(task, configs.from_dict(task.Settings, figures["settings"], str(file)))] = figures
+        row = row_of(task, configs.from_dict(task.Settings, figures["settings"], str(file)))
+        if row in found:
+            raise DataError(f"{path}: holds two of {row}, of {came[row]} and {file}; name a column for each")
+        found[row], came[row] = figures, file
     return found
 
 
@@ -113,7 +118,7 @@ def build(columns: Sequence[Column], figure: str | None = None) -> Table:
         found = [c.scores[row] for c in columns if row in c.scores]
         about[row] = next((f for f in found if "failed" not in f), found[0])
         cells[row] = [_cell(c.scores.get(row), about[row], figure, notes) for c in columns]
-    return Table([c.name for c in columns], cells, about, notes)
+    return Table([c.name for c in columns], cells, about, notes, figure)
 
 
 def _cell(found: Mapping[str, Any] | None, first: Mapping[str, Any], figure: str | None, notes) -> Cell:
@@ -128,8 +133,6 @@ def _cell(found: Mapping[str, Any] | None, first: Mapping[str, Any], figure: str
     task = tasks.get(found["task"])
     here, there = ({**f, "settings": compared(task, f["settings"])} for f in (found, first))
     differs = [text for key, text in COMPARED.items() if here.get(key) != there.get(key)]
-    if found["docs"].keys() != first["docs"].keys():
-        differs.append("docs")
     marks = []
     if differs:
         marks.append(_note(notes, f"not comparable with the first of its row: another {', '.join(differs)}"))
@@ -179,10 +182,15 @@ def _parts(total: int, most: int):
 # --- showing ------------------------------------------------------------------------------------------
 
 
+def number(value: float) -> str:
+    """Of figures on any scale: three digits after the point, or two from ten on."""
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
 def _shown(cell: Cell) -> str:
     if cell.value is None:
         return cell.missing or "-" + "".join(f" [{m}]" for m in cell.marks)
-    text = f"{cell.value:.2f}" if cell.value >= 10 else f"{cell.value:.3f}"
+    text = number(cell.value)
     if cell.stderr is not None:
         text += f" ± {cell.stderr:.2g}"
     if cell.p is not None:
@@ -191,30 +199,38 @@ def _shown(cell: Cell) -> str:
 
 
 def _facts(table: Table, row: str) -> list[str]:
-    """What stands before the cells of a row: its figure, n, parse rate, cost class and judge."""
+    """What stands before the cells of a row; where cells differ, of the first of them."""
     about = table.about[row]
-    shares = [c.parse_rate for c in table.rows[row] if c.parse_rate is not None]
-    parsed = f"{min(shares):.1%}" if shares else "-"
+    low, high = about.get("scale", (0, 0))
+    head = about.get("headline", "-")
+    scale = f"{low:g} to {high:g}" if table.figure in (None, head) else "-"
     return [
         row,
-        about.get("headline", "-"),
-        str(max((c.n for c in table.rows[row]), default=0)),
-        parsed,
+        table.figure or head,
+        scale,
         about.get("cost_class", "-"),
         about.get("judge") or "-",
         f"{about.get('prompt_hash', '-')[:8]}/{about.get('dataset_hash', '-')[:8]}",
     ]
 
 
-HEAD = ["benchmark", "figure", "n", "read", "class", "judge", "prompt/data"]
+def _counts(table: Table, row: str) -> list[str]:
+    """The most docs of a cell, and the least share that could be read."""
+    cells = table.rows[row]
+    shares = [c.parse_rate for c in cells if c.parse_rate is not None]
+    return [str(max((c.n for c in cells), default=0)), f"{min(shares):.1%}" if shares else "-"]
+
+
+HEAD = ["benchmark", "figure", "scale", "class", "judge", "prompt/data"]
+COUNTS = ["n (most)", "read (least)"]
 
 
 def markdown(table: Table) -> str:
     """Cells and notes."""
-    head = [*HEAD, *table.columns]
+    head = [*HEAD, *COUNTS, *table.columns]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row, cells in table.rows.items():
-        shown = [*_facts(table, row), *map(_shown, cells)]
+        shown = [*_facts(table, row), *_counts(table, row), *map(_shown, cells)]
         lines.append("| " + " | ".join(s.replace("|", "\\|") for s in shown) + " |")
     notes = [f"[{i}] {text}" for i, text in enumerate(table.notes, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
@@ -236,11 +252,11 @@ def comma_separated(table: Table) -> str:
 
 def page(table: Table, title: str, further: str = "") -> str:
     """The table as a page of its own; `further` is markup that follows it."""
-    rows = [[*_facts(table, row), *map(_shown, cells)] for row, cells in table.rows.items()]
+    rows = [[*_facts(table, r), *_counts(table, r), *map(_shown, cells)] for r, cells in table.rows.items()]
     notes = "".join(f"<p class='soft small'>[{i}] {html.escape(n)}</p>" for i, n in enumerate(table.notes, 1))
     body = (
         f"<h1>{html.escape(title)}</h1>"
-        + html.table([*HEAD, *table.columns], rows, words=(0, 1, 4, 5, 6))
+        + html.table([*HEAD, *COUNTS, *table.columns], rows, words=range(6))
         + notes
     )
     return html.page(title, body + further)

@@ -27,6 +27,7 @@ import PIL.Image
 
 from umm_jax.conversation import Image, ImageData, Text
 from umm_jax.errors import ConfigError, DataError
+from umm_jax.evaluate import verdicts
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, user
 from umm_jax.evaluate.measures import regions
 from umm_jax.evaluate.source import Embedded, Source, take
@@ -47,11 +48,13 @@ class Settings:
         prompt: what is said after the label map, see PROMPTS; "mm_interleaved" needs validation.json.
         predictions: a folder of label maps; a relative one is below the folder of the annotations.
         segmenter: "module:function", called as f(picture uint8[h, w, 3]) -> int[h, w] of 0 to 149.
+        judge: names the segmenter of `predictions`: figures of two are not compared.
     """
 
     prompt: Literal["plain", "mm_interleaved"] = "plain"
     predictions: str = ""
     segmenter: str = ""
+    judge: str = "oneformer-dinat-l"
 
     def __post_init__(self):
         if self.predictions and self.segmenter:
@@ -131,7 +134,7 @@ def _map(path: Path) -> np.ndarray:
 
 def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
     if not settings.predictions and not settings.segmenter:
-        return Marks()
+        return Marks({}, "" if response.pictures else "no picture")
     labels = _map(doc.target["labels"])
     if labels.max(initial=0) > CLASSES:
         raise DataError(f"{doc.target['labels']}: holds {labels.max()}; classes go from 1 to {CLASSES}")
@@ -139,7 +142,7 @@ def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
     if pictures := response.pictures:
         invalid, predicted = "", _predicted(doc, pictures[0], labels.shape, settings) + 1
     counts = regions.class_counts(predicted, labels, CLASSES)
-    return Marks({}, invalid, {"classes": counts})
+    return Marks({}, invalid, {"classes": counts, "judge": settings.segmenter or settings.judge})
 
 
 def _predicted(doc: Doc, picture: ImageData, size: tuple[int, int], settings: Settings) -> np.ndarray:
@@ -194,5 +197,6 @@ TASK = Task(
     prompt=str(PROMPTS),
     post="the first picture at the label map's size",
     cost="B",
-    judging=("predictions",),
+    judging=("predictions", "segmenter", "judge"),
+    export=verdicts.export,
 )

@@ -269,7 +269,7 @@ def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
     if reason == NO_JUDGE or not items:
         found = {"overall": Score(None, reason=reason or NO_VERDICT)}
         return found | {"skipped": verdicts.skipped(records)}
-    invalid = sum(bool(r.marks.invalid) for members in items.values() for r in members)
+    invalid = sum(any(r.marks.invalid for r in members) for members in items.values())
     score = of_values(list(units(records, settings).values()), 1.0, invalid)
     found = {"overall": Score(score.value, score.stderr, score.n, invalid, reason)}
     last = settings.compat == "released"

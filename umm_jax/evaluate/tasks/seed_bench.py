@@ -71,10 +71,7 @@ def docs(source: Source, settings: Settings) -> Iterator[Doc]:
 def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
     if settings.by == "likelihood":
         if len(response.scores) != len(LETTERS):
-            raise DataError(
-                f"seed-bench, response {doc.id}: has {len(response.scores)} 'scores'; by likelihood it needs "
-                f"{len(LETTERS)}, one for each option"
-            )
+            return Marks({"accuracy": 0.0}, "no score for each option")
         likeliest = LETTERS[max(range(len(LETTERS)), key=lambda at: response.scores[at])]
         return Marks({"accuracy": float(likeliest == doc.target)})
     text = response.text

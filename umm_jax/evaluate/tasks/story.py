@@ -209,6 +209,12 @@ def _fid(records: Sequence[Record], n: int, invalid: int) -> Score:
     return Score(value, None, n, invalid, f"{drawn.n} pictures, {true.n} frames")
 
 
+def noted(records: Sequence[Record], settings: Settings) -> dict[str, str]:
+    """The networks and the size figures are by: folders by their last names, which say what is in them."""
+    clip, fid = (name.rstrip("/").rsplit("/", 1)[-1] for name in (settings.clip, settings.fid))
+    return {"clip": clip, "fid": fid and f"{fid} at {settings.fid_size or 'full size'}"}
+
+
 def _task(name: str, docs: Callable[[Source, Settings], Iterator[Doc]], files: str) -> Task:
     return Task(
         name,
@@ -223,6 +229,8 @@ def _task(name: str, docs: Callable[[Source, Settings], Iterator[Doc]], files: s
         post="the first picture of each turn",
         cost="B",
         scale=(-1, 1),
+        judging=("clip", "fid", "fid_size"),
+        noted=noted,
     )
 
 

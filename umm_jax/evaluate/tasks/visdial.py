@@ -22,7 +22,15 @@ from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task,
 from umm_jax.evaluate.measures import ranking
 from umm_jax.evaluate.source import Source, take
 
-PROMPT = "caption: {caption}. question: {question}? answer: {answer}."
+# What is said first, of an earlier round, and at last; as turns, or as one text.
+PROMPTS = {
+    "turns": ("caption: {caption}. ", "", "{question}?"),
+    "text": (
+        "caption: {caption}. ",
+        "question: {question}? answer: {answer}. ",
+        "question: {question}? answer:",
+    ),
+}
 RECALLS = (1, 5, 10)
 
 
@@ -87,13 +95,16 @@ def _shown(rounds: Sequence[Mapping], at: int, settings: Settings) -> Sequence[M
 def _turns(
     caption: str, said: Sequence[tuple[str, str]], question: str, settings: Settings
 ) -> tuple[Turn, ...]:
-    if settings.form == "text" or settings.compat == "mm_interleaved":
-        rounds = "".join(f"question: {q}? answer: {a}. " for q, a in said)
-        return (user(Image("image"), f"caption: {caption}. {rounds}question: {question}? answer:"),)
-    asked = [*(q for q, _ in said), question]
-    turns = [user(Image("image"), f"caption: {caption}. {asked[0]}?")]
+    form = "text" if settings.compat == "mm_interleaved" else settings.form
+    first, earlier, last = PROMPTS[form]
+    first = first.format(caption=caption)
+    if form == "text":
+        rounds = "".join(earlier.format(question=q, answer=a) for q, a in said)
+        return (user(Image("image"), first + rounds + last.format(question=question)),)
+    asked = [last.format(question=q) for q in (*(q for q, _ in said), question)]
+    turns = [user(Image("image"), first + asked[0])]
     for (_, answer), following in zip(said, asked[1:]):
-        turns += [Turn("assistant", (Text(answer),)), user(f"{following}?")]
+        turns += [Turn("assistant", (Text(answer),)), user(following)]
     return tuple(turns)
 
 
@@ -132,6 +143,6 @@ TASK = Task(
     total,
     Settings,
     files="annotations and pictures of v1.0 are published at visualdialog.org",
-    prompt=PROMPT,
+    prompt=str(PROMPTS),
     post="likelihood of the whole answer, its end included",
 )
