@@ -171,8 +171,8 @@ class Task:
         cost: A needs annotations and a formula, B a fixed network too, C a judge.
         version: raised when the same replies would be worth something else.
         scale: what the headline is between; for the report.
-        units: (records, settings) -> {id: value}, where the headline is no mean of docs: of groups of docs, or
-            of docs weighted so that their mean moves as the headline does; for paired comparisons.
+        units: (records, settings) -> {id: value}, where the headline is no mean of docs: of groups of docs,
+            or of docs weighted so that their mean moves as the headline does; for paired comparisons.
         noted: (records, settings) -> {name: text} of what else figures depend on, such as the tokenizer that
             was at hand; where that differs, cells are not compared.
         judging: settings that say who judged replies and where that lies. They may be given when replies are
