@@ -40,7 +40,7 @@ def world(count: int) -> tuple[list[dict[str, int]], dict[str, int]]:
     from umm_jax.world.scene import WorldConfig
 
     run = config.load(str(Path(__file__).parents[1] / "configs" / "world_tiny.py"), [])
-    chosen = WorldConfig.preset(run.world.preset, **run.world.overrides)
+    chosen = WorldConfig.of(run)
     family = families.get(run.family)
     with tempfile.TemporaryDirectory() as folder:
         control = family.stream.control_pieces(run.model)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from umm_jax.evaluate.measures.edits import edit_distance
 from umm_jax.evaluate.measures.regions import box_giou, box_iou, ciou, giou, mask_counts, span_iou
-from umm_jax.evaluate.measures.routing import edit_distance, route_scores
+from umm_jax.evaluate.measures.routing import route_scores
 from umm_jax.markup import dialects
 from umm_jax.markup.grammar import parse
 

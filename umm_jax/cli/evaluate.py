@@ -120,30 +120,30 @@ def _tasks(args) -> None:
 
 def _plan(args) -> None:
     from umm_jax.evaluate import benchmark
-    from umm_jax.evaluate.tasks.world import world_of
     from umm_jax.generate import identify
+    from umm_jax.world.scene import WorldConfig
 
     model = identify(args.folder, args.step, args.weights)
     job = benchmark.Job(
         args.task, set_values(args.set), args.data_root, set_values(args.reply), args.limit, args.seed
     )
-    planned = benchmark.plan(job, model.to_dict(), world_of(model.run), model.run.reply)
+    planned = benchmark.plan(job, model.to_dict(), WorldConfig.of(model.run), model.run.reply)
     counts = benchmark.write_plan(args.out, planned, model.to_dict())
     print(f"{args.out}: {counts['docs']} docs, {counts['answered']} of them answered")
 
 
 def _run(args) -> None:
     from umm_jax.evaluate import benchmark
-    from umm_jax.evaluate.tasks.world import world_of
     from umm_jax.evaluate.world_expert import attended
     from umm_jax.generate import identify, load_run
+    from umm_jax.world.scene import WorldConfig
 
     index, slash, count = args.share.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--share={args.share}: expected K/N with K from 0 to N-1")
     model, job = benchmark.planned_model(args.out), benchmark.planned_job(args.out)
     identity = identify(model["folder"], model["step"], model["weights"])
-    planned = benchmark.plan(job, identity.to_dict(), world_of(identity.run), identity.run.reply)
+    planned = benchmark.plan(job, identity.to_dict(), WorldConfig.of(identity.run), identity.run.reply)
     benchmark.check_planned(args.out, planned)
     spent = benchmark.run(
         args.out,

@@ -177,4 +177,4 @@ def _check(args) -> None:
 
     run = config.load(args.config, args.overrides)
     config.from_dict(families.get(run.family).config.ModelConfig, run.model, "config.model")
-    WorldConfig.preset(run.world.preset, **run.world.overrides)
+    WorldConfig.of(run)

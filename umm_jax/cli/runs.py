@@ -122,18 +122,18 @@ def _chat(args) -> None:
 def _attend(loaded, args) -> None:
     """Puts experts at the model's side."""
     from umm_jax.errors import ConfigError
-    from umm_jax.evaluate.runner import world_of
     from umm_jax.evaluate.world_expert import WorldExpert
     from umm_jax.generate import load_run
     from umm_jax.router.execute import Executor
     from umm_jax.router.experts import Registry
     from umm_jax.router.native import Drawing
     from umm_jax.router.replies import attend
+    from umm_jax.world.scene import WorldConfig
 
     registry = Registry.installed() if args.experts else Registry({})
     add_remote(registry, args.expert)
     if args.drawn_by == "rules":
-        registry.add(WorldExpert(world_of(loaded.run)))
+        registry.add(WorldExpert(WorldConfig.of(loaded.run)))
     elif args.drawn_by:
         other = load_run(args.drawn_by)
         if hasattr(other.replier, "experts"):

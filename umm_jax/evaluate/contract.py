@@ -17,6 +17,7 @@ from umm_jax.conversation import Box, Conversation, Image, ImageData, Mask, Part
 from umm_jax.data.gate import Limits, examine
 from umm_jax.data.quarantine import Rejected
 from umm_jax.errors import DataError
+from umm_jax.evaluate.measures.groups import together
 
 
 class Stored(Protocol):
@@ -230,10 +231,7 @@ def means(*names: str, scale: float = 100.0, by: Sequence[str] = ()) -> Callable
     def total(records: Sequence[Record], settings: Any = None) -> dict[str, Score]:
         found = {name: mean(records, name, scale) for name in names}
         for group in by:
-            split: dict[str, list[Record]] = {}
-            for record in records:
-                if group in record.doc.group:
-                    split.setdefault(record.doc.group[group], []).append(record)
+            split = together((r.doc.group[group], r) for r in records if group in r.doc.group)
             for value in sorted(split):
                 found[f"{names[0]}/{group}={value}"] = mean(split[value], names[0], scale)
         return found

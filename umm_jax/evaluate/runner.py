@@ -26,7 +26,7 @@ from umm_jax.errors import DataError
 from umm_jax.evaluate import asking, benchmark
 from umm_jax.evaluate.asking import Asked
 from umm_jax.evaluate.report import HEADLINE
-from umm_jax.evaluate.tasks.world import doc_of, world_of
+from umm_jax.evaluate.tasks.world import doc_of
 from umm_jax.evaluate.world_expert import attended
 from umm_jax.families.contract import Replier
 from umm_jax.generate import Loaded, load_run
@@ -119,7 +119,7 @@ def evaluate(
 
     loaded = load_run(run_dir, step, weights)
     run, section = loaded.run, loaded.run.eval
-    world = world_of(run)
+    world = WorldConfig.of(run)
     splits = section.splits if splits is None else splits
 
     def count(split: str, name: str) -> int:
@@ -283,7 +283,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def quick(replier: Replier, run: RunConfig, items: int) -> dict[str, float]:
     """Headline figures on a few unseen items of every skill but whole dialogues, and the F1 of drawings."""
-    world = world_of(run)
+    world = WorldConfig.of(run)
     judge, found = Judge(world), {}
     for name in skills.skills_of(world, "iid"):
         if name == "dialogue":
@@ -303,7 +303,7 @@ def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dic
     Raises:
         ConfigError, DataError: a benchmark of the config cannot be asked, which is said before training.
     """
-    watched = [benchmark.Watched(chosen, world_of(run), run.reply) for chosen in run.train.benchmarks]
+    watched = [benchmark.Watched(chosen, WorldConfig.of(run), run.reply) for chosen in run.train.benchmarks]
     model = None
 
     def on_eval(step: int, params: Any) -> dict[str, float]:

@@ -29,9 +29,9 @@ from umm_jax.data.files import write_atomic
 from umm_jax.errors import ConfigError, UserError
 from umm_jax.evaluate import benchmark, samples, scoring, table, tasks
 from umm_jax.evaluate.store import Folder
-from umm_jax.evaluate.tasks.world import world_of
 from umm_jax.evaluate.world_expert import attended
 from umm_jax.generate import Identity, Loaded, identify, load_run
+from umm_jax.world.scene import WorldConfig
 
 Cells = list[dict[str, Any]]
 _MERGED = ("settings", "reply", "config")
@@ -195,7 +195,7 @@ def look(cell: Cell, out: Path) -> State:
     """What a cell asks, and what is there; writes nothing. Raises UserError."""
     identity = identify(cell.run, cell.step, cell.weights, cell.overrides)
     run = identity.run
-    planned = benchmark.plan(cell.job, identity.to_dict(), world_of(run), run.reply)
+    planned = benchmark.plan(cell.job, identity.to_dict(), WorldConfig.of(run), run.reply)
     folder = Folder(out / cell.folder)
     answered, scored = 0, False
     if (folder.path / "plan.json").exists() and folder.requests() == dict(planned.requests):

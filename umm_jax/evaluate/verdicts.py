@@ -186,10 +186,7 @@ def mean(records: Sequence[Record], name: str, scale: float = 1.0) -> Score:
 
 def split(records: Iterable[Record], group: str) -> dict[str, list[Record]]:
     """Records by a group of their docs, in order of appearance."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(record.doc.group[group], []).append(record)
-    return found
+    return groups.together((record.doc.group[group], record) for record in records)
 
 
 def mean_of_groups(

@@ -5,7 +5,6 @@ how well it asks, and not how well somebody draws.
 """
 
 from umm_jax.conversation import ImageData
-from umm_jax.evaluate.tasks.world import world_of
 from umm_jax.generate import Loaded
 from umm_jax.router.execute import Executor
 from umm_jax.router.experts import ExpertError, Medium, Registry, Request, Result, Spec
@@ -51,5 +50,5 @@ def world_executor(config: WorldConfig) -> Executor:
 
 def attended(loaded: Loaded) -> Loaded:
     """A loaded model; one that writes calls has what they ask for done by the rules of its run's world."""
-    attend(loaded.replier, world_executor(world_of(loaded.run)))
+    attend(loaded.replier, world_executor(WorldConfig.of(loaded.run)))
     return loaded

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from umm_jax.config import from_dict, suggest
+from umm_jax.config import RunConfig, from_dict, suggest
 from umm_jax.errors import ConfigError
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
@@ -214,6 +214,15 @@ class WorldConfig:
             merge = key in _KNOWN and isinstance(values.get(key), Mapping) and isinstance(value, Mapping)
             values[key] = {**values[key], **value} if merge else value
         return from_dict(cls, values, "world")
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "WorldConfig":
+        """The world a run learnt from; one that learnt from other data is asked about the default one.
+
+        Raises:
+            ConfigError: unknown preset, field or value.
+        """
+        return cls.preset(run.world.preset, **run.world.overrides)
 
     @property
     def cell_px(self) -> int:

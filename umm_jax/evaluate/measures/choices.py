@@ -13,11 +13,7 @@ Sources: VLMEvalKit's answer matching; the evaluation utilities of the MMMU benc
 """
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
-
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
+from collections.abc import Iterable, Mapping, Sequence
 
 NONE_OF_THEM = "Z"  # how MMBench's reader says that a reply names no option on purpose
 REFUSALS = (
@@ -159,14 +155,3 @@ def mmmu_open_same(answers: Sequence[str], reply: str) -> bool:
     """Whether the whole reply, but for a last full stop, is one of the answers."""
     said = mmmu_normalised(reply.strip().rstrip("."))
     return any(said == mmmu_normalised(answer) for answer in answers)
-
-
-# --- questions that belong together -------------------------------------------------------------------
-
-
-def together(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
-    """{key: values} in order of their first coming."""
-    found: dict[K, list[T]] = {}
-    for key, value in pairs:
-        found.setdefault(key, []).append(value)
-    return found

@@ -1,10 +1,21 @@
-"""Means of the means of groups, and what each member adds to them.
+"""Groups: what belongs together, means of the means of groups, and what each member adds to them.
 
 Where groups are of different sizes, a member of a small one weighs more than one of a large one.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+K, T = TypeVar("K", bound=Hashable), TypeVar("T")
+
+
+def together(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
+    """{key: values} in order of their first coming."""
+    found: dict[K, list[T]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def mean_of_means(groups: Mapping[str, Sequence[float]], weights: Mapping[str, float] | None = None) -> float:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from umm_jax.evaluate.measures import groups
+
 IGNORED = 255  # in masks: pixels that nobody judges
 _EPS = 1e-5  # in each mask's IoU, as LISA has it
 _EPS_CLASS = 1e-10  # in each class's
@@ -57,10 +59,7 @@ def giou(counts: Counts) -> float:
 
 def means_of_images(values: Iterable[tuple[Hashable, float]]) -> list[float]:
     """The mean over each image's masks, of (image, value) of each mask."""
-    images: dict[Hashable, list[float]] = {}
-    for image, value in values:
-        images.setdefault(image, []).append(value)
-    return [math.fsum(masks) / len(masks) for masks in images.values()]
+    return [math.fsum(masks) / len(masks) for masks in groups.together(values).values()]
 
 
 def ciou(counts: Iterable[Counts]) -> float | None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from umm_jax.evaluate.measures.edits import edit_distance
 from umm_jax.evaluate.measures.regions import box_iou
 from umm_jax.markup.grammar import Answer, Call
 
@@ -58,13 +59,3 @@ def _words(call: Call) -> list[str]:
 
 def _same_boxes(a: Call, b: Call) -> bool:
     return len(a.boxes) == len(b.boxes) and all(box_iou(x, y) > 0.5 for x, y in zip(a.boxes, b.boxes))
-
-
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Insertions, deletions and exchanges that make `a` of `b` (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from umm_jax.conversation import Image, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, of_values, user
-from umm_jax.evaluate.measures import captions
+from umm_jax.evaluate.measures import captions, groups
 from umm_jax.evaluate.source import Source, take
 
 PROMPTS = {
@@ -215,11 +215,8 @@ def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
     found["rouge_l"] = _score(records, by, captions.rouge_l, words)
     for name in wanted:
         found[name] = _score(records, by, getattr(captions, name), words)
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if "domain" in record.doc.group:
-            groups.setdefault(record.doc.group["domain"], []).append(record)
-    for domain, members in sorted(groups.items()):
+    domains = groups.together((r.doc.group["domain"], r) for r in records if "domain" in r.doc.group)
+    for domain, members in sorted(domains.items()):
         part = words.of([r.doc.id for r in members])
         found[f"cider/domain={domain}"] = _score(members, by, captions.cider, part)
     return found

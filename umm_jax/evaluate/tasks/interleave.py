@@ -24,7 +24,7 @@ from pathlib import Path
 from umm_jax.conversation import Image, Part, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Response, Task, means, user
-from umm_jax.evaluate.measures.routing import edit_distance
+from umm_jax.evaluate.measures.edits import edit_distance
 from umm_jax.evaluate.source import Source, take
 
 KINDS = ("text", "image")

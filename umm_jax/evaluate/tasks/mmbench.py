@@ -21,7 +21,7 @@ from typing import Literal
 from umm_jax.conversation import Image, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean, of_values, user
-from umm_jax.evaluate.measures import choices
+from umm_jax.evaluate.measures import choices, groups
 from umm_jax.evaluate.source import Embedded, Source, take
 
 PROMPTS = {
@@ -96,7 +96,7 @@ def docs(source: Source, settings: Settings) -> Iterator[Doc]:
     asked = [(row, _read(row, path)) for row in table]
     if not turned:
         asked += [(row, other) for row, read in asked for other in turns(read)]
-    orders = choices.together((read.question, read.index) for _, read in asked)
+    orders = groups.together((read.question, read.index) for _, read in asked)
     for row, read in asked:
         yield Doc(
             str(read.index),
@@ -191,7 +191,7 @@ def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
         found[f"{by}circular"] = _circular(records, by)
         found[f"{by}vanilla"] = mean(records, f"{by}vanilla")
     for group in GROUPS:
-        split = choices.together((r.doc.group[group], r) for r in records if group in r.doc.group)
+        split = groups.together((r.doc.group[group], r) for r in records if group in r.doc.group)
         for value in sorted(split):
             found[f"circular/{group}={value}"] = _circular(split[value], "")
     return found
@@ -205,7 +205,7 @@ def _circular(records: Sequence[Record], by: str) -> Score:
 
 def _whole(records: Sequence[Record]) -> dict[int, list[Record]]:
     """{question: its records}, of questions whose orders are all there."""
-    questions = choices.together((r.doc.target["question"], r) for r in records)
+    questions = groups.together((r.doc.target["question"], r) for r in records)
     return {q: rows for q, rows in questions.items() if len(rows) == rows[0].doc.target["orders"]}
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 from umm_jax.conversation import Image, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, of_values, user
-from umm_jax.evaluate.measures import choices, yesno
+from umm_jax.evaluate.measures import groups, yesno
 from umm_jax.evaluate.source import Source
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark")
@@ -89,7 +89,7 @@ def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
 
 
 def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
-    split = choices.together((r.doc.group["category"], r) for r in records)
+    split = groups.together((r.doc.group["category"], r) for r in records)
     of_category = {by: {c: _pair(split[c], by) for c in split} for by in ("acc", "strict")}
     found = {}
     for by, prefix in (("acc", ""), ("strict", "strict_")):
@@ -104,7 +104,7 @@ def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
 
 def _pair(records: Sequence[Record], by: str) -> tuple[Score, Score]:
     """(acc, acc_plus) of a category; pictures with one reply of two have no part in the second."""
-    pictures = choices.together((r.doc.group["picture"], r.marks) for r in records)
+    pictures = groups.together((r.doc.group["picture"], r.marks) for r in records)
     whole = [marks for marks in pictures.values() if len(marks) == 2]
     acc = of_values([r.marks.values[by] for r in records], 100, sum(bool(r.marks.invalid) for r in records))
     both = [float(all(m.values[by] for m in marks)) for marks in whole]

@@ -18,7 +18,7 @@ from typing import Literal
 from umm_jax.conversation import Image, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean, of_values, user
-from umm_jax.evaluate.measures import choices
+from umm_jax.evaluate.measures import choices, groups
 from umm_jax.evaluate.source import Source, take
 
 PROMPTS = {
@@ -90,7 +90,7 @@ def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
 
 def _whole(records: Sequence[Record]) -> dict[int, list[Marks]]:
     """{pair: marks of both}, of pairs that are all there."""
-    pairs = choices.together((r.doc.target["pair"], r.marks) for r in records)
+    pairs = groups.together((r.doc.target["pair"], r.marks) for r in records)
     return {pair: marks for pair, marks in pairs.items() if len(marks) == 2}
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from umm_jax.conversation import Image, Text
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean, user
-from umm_jax.evaluate.measures import choices, yesno
+from umm_jax.evaluate.measures import groups, yesno
 from umm_jax.evaluate.source import Source, take
 
 PROMPTS = {
@@ -77,7 +77,7 @@ def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
 
 def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
     found = _figures(records)
-    split = choices.together((r.doc.group["category"], r) for r in records)
+    split = groups.together((r.doc.group["category"], r) for r in records)
     parts = {category: _figures(split[category]) for category in settings.categories if category in split}
     for by in ("", "strict_"):
         f1 = [figures[f"{by}f1"].value for figures in parts.values()]

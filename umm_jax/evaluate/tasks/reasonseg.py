@@ -24,6 +24,7 @@ import PIL.Image
 from umm_jax.conversation import Image, Text
 from umm_jax.data.regions import is_number
 from umm_jax.errors import DataError
+from umm_jax.evaluate import masks
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean, user
 from umm_jax.evaluate.measures import polygons, regions
 from umm_jax.evaluate.source import Source, take
@@ -126,19 +127,9 @@ def _size(path: Path) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def found_mask(response: Response, size: tuple[int, int], which: str) -> tuple[np.ndarray | None, str]:
-    """bool[h, w] of a reply, its "first" mask or the "union" of all; else None and why there is none."""
-    masks = response.masks[:1] if which == "first" else response.masks
-    if not masks:
-        return None, "no mask"
-    if any(tuple(mask.size) != tuple(size) for mask in masks):
-        return None, "mask of another size"
-    return np.logical_or.reduce([mask.array() for mask in masks]), ""
-
-
 def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
     right = drawn(doc.target, _size(doc.images["image"]))
-    mask, invalid = found_mask(response, right.shape, settings.masks)
+    mask, invalid = masks.found(response, right.shape, settings.masks)
     counts = regions.mask_counts(mask, right)
     return Marks(
         {"giou_mean": 0.0 if invalid else regions.giou(counts)},
@@ -148,21 +139,12 @@ def mark(doc: Doc, response: Response, settings: Settings) -> Marks:
 
 
 def total(records: Sequence[Record], settings: Settings) -> dict[str, Score]:
-    found = {"giou_mean": mean(records, "giou_mean"), "ciou": overall(records)}
+    found = {"giou_mean": mean(records, "giou_mean"), "ciou": masks.overall(records)}
     for query in ("sentence", "phrase"):
         if of := [r for r in records if r.doc.group["query"] == query]:
             found[f"giou_mean/query={query}"] = mean(of, "giou_mean")
-            found[f"ciou/query={query}"] = overall(of)
+            found[f"ciou/query={query}"] = masks.overall(of)
     return found
-
-
-def overall(records: Sequence[Record]) -> Score:
-    """cIoU of records with the parts `both` and `either`."""
-    value = regions.ciou((r.marks.parts["both"], r.marks.parts["either"]) for r in records)
-    invalid = sum(bool(r.marks.invalid) for r in records)
-    if value is None:
-        return Score(None, None, len(records), invalid, "no pixel is wanted or was found")
-    return Score(100 * value, None, len(records), invalid)
 
 
 TASK = Task(

@@ -32,10 +32,10 @@ from umm_jax.conversation import Image, Text
 from umm_jax.data.entries import extra
 from umm_jax.data.regions import is_number
 from umm_jax.errors import DataError
+from umm_jax.evaluate import masks
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean, means, of_values, user
 from umm_jax.evaluate.measures import boxes, regions, rle
 from umm_jax.evaluate.source import Source, take
-from umm_jax.evaluate.tasks.reasonseg import found_mask, overall
 
 LOCATE = {
     "plain": "where is {expression}",
@@ -292,7 +292,7 @@ def _segmenting(name: str, source: Source, settings: Segmenting) -> Iterator[Doc
 
 def _mark_mask(doc: Doc, response: Response, settings: Segmenting) -> Marks:
     right = right_mask(doc.target["segmentation"], doc.target["size"], settings.overlaps)
-    mask, invalid = found_mask(response, right.shape, settings.masks)
+    mask, invalid = masks.found(response, right.shape, settings.masks)
     counts = regions.mask_counts(mask, right)
     overlap = regions.iou(counts)
     values = {"mean_iou": overlap, "giou_mean": 0.0 if invalid else regions.giou(counts)}
@@ -302,7 +302,7 @@ def _mark_mask(doc: Doc, response: Response, settings: Segmenting) -> Marks:
 
 def _total_masks(records: Sequence[Record], settings: Segmenting) -> dict[str, Score]:
     names = ("mean_iou", "giou_mean", *(f"precision@{at}" for at in MASK_AT))
-    found = {"ciou": overall(records)} | {name: mean(records, name) for name in names}
+    found = {"ciou": masks.overall(records)} | {name: mean(records, name) for name in names}
     values = [(r.doc.target["image"], r.marks.values["giou_mean"]) for r in records]
     each = of_values(regions.means_of_images(values), 100, found["ciou"].n_invalid)
     return found | {"giou_mean_of_images": replace(each, n=len(records))}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from umm_jax.config import RunConfig
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Task, mean
 from umm_jax.world import oracles, skills
 from umm_jax.world.judge import Judge
@@ -38,11 +37,6 @@ class Settings:
     split: str = "iid"
     items: int = 256
     seed: int = 0
-
-
-def world_of(run: RunConfig) -> WorldConfig:
-    """The world a run learnt from; one that learnt from other data is asked about the default one."""
-    return WorldConfig.preset(run.world.preset, **run.world.overrides)
 
 
 class Target(NamedTuple):
