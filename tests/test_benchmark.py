@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,8 @@ from umm_jax import cli
 from umm_jax.config import ReplySettings
 from umm_jax.conversation import Image, ImageData, Text, Turn
 from umm_jax.errors import BusyError, ConfigError, DataError
-from umm_jax.evaluate import benchmark, samples, scoring, sweep, table, tasks
-from umm_jax.evaluate.contract import Response
+from umm_jax.evaluate import asking, benchmark, samples, scoring, sweep, table, tasks
+from umm_jax.evaluate.contract import Doc, Response
 from umm_jax.evaluate.measures import rle
 from umm_jax.evaluate.responses import read, read_lines
 from umm_jax.evaluate.store import Appending, Folder
@@ -68,8 +69,8 @@ def planned(data, model=MODEL, **changes):
 
 def run(folder, data, replier, batch_size=4, index=0, count=1, **changes):
     made = planned(data, **changes)
-    benchmark.write_plan(folder, made, changes.get("model", MODEL))
-    return benchmark.run(folder, made, lambda: replier, batch_size=batch_size, index=index, count=count)
+    benchmark.write_plan(folder, made, changes.get("model", MODEL), batch_size)
+    return benchmark.run(folder, made, lambda: replier, index=index, count=count)
 
 
 # --- asking and keeping -----------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_a_run_goes_on_after_a_torn_line(tmp_path, data):
     lines = Folder(whole).shards()[0].read_bytes()
     for cut in (len(lines) - 3, len(lines) // 2, 5, 0):
         out = tmp_path / f"cut{cut}"
-        benchmark.write_plan(out, planned(data), MODEL)
+        benchmark.write_plan(out, planned(data), MODEL, 4)
         path = out / "responses-00000-of-00001.jsonl"
         path.write_bytes(lines[:cut])
         kept = len(read_lines(path, torn=True))
@@ -167,7 +168,7 @@ def test_shares_ask_the_same_batches_as_one_process(tmp_path, data):
 
 def test_two_that_write_one_share_are_refused(tmp_path, data):
     out = tmp_path / "out"
-    benchmark.write_plan(out, planned(data), MODEL)
+    benchmark.write_plan(out, planned(data), MODEL, 4)
     with held(out, name="run-0-of-1.lock"), pytest.raises(BusyError):
         run(out, data, Rules())
     assert run(out, data, Rules()).docs == 10
@@ -511,8 +512,8 @@ def drawn(tmp_path):
     out = tmp_path / "out"
     job = benchmark.Job("geneval", {"samples": 1}, str(root), {})
     made = benchmark.plan(job, MODEL, None, ReplySettings())
-    benchmark.write_plan(out, made, MODEL)
-    benchmark.run(out, made, lambda: Rules(lambda c, seed: PICTURE), batch_size=2)
+    benchmark.write_plan(out, made, MODEL, 2)
+    benchmark.run(out, made, lambda: Rules(lambda c, seed: PICTURE))
     said = [
         {
             "filename": f"x/{k:05d}/samples/0000.png",
@@ -602,3 +603,159 @@ def test_a_torn_line_in_a_file_of_others_is_damage(tmp_path):
         read(tmp_path / "r")
     (tmp_path / "r").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}')
     assert set(read(tmp_path / "r")) == {"1", "2"}
+
+
+# --- what a reading of the whole found --------------------------------------------------------------
+
+
+def test_figures_of_other_requests_do_not_stay(tmp_path, data):
+    """A model is asked, scored, and trained on; what was planned anew has no figures until it is scored."""
+    out = tmp_path / "out"
+    run(out, data, Rules(lambda c, seed: "word 1"))
+    first = benchmark.score(out)
+    run(out, data, Rules(lambda c, seed: "nothing"), model=MODEL | {"fingerprint": "other"})
+    assert Folder(out).score() is None
+    second = benchmark.score(out)
+    assert second["metrics"]["accuracy"]["value"] == 0 < first["metrics"]["accuracy"]["value"]
+    assert second["responses_hash"] != first["responses_hash"]
+
+
+def test_a_plan_that_was_cut_short_is_known(tmp_path, data):
+    out = tmp_path / "out"
+    run(out, data, Rules())
+    plan = (out / "plan.json").read_bytes()
+    benchmark.write_plan(out, planned(data, model=MODEL | {"fingerprint": "other"}), MODEL, 4)
+    (out / "plan.json").write_bytes(plan)
+    with pytest.raises(DataError, match="cut short; plan again"):
+        benchmark.score(out)
+    (out / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read"):
+        benchmark.score(out)
+
+
+def test_figures_that_are_not_of_what_is_there_are_made_again(tmp_path, data, models):
+    (cell, *_) = cells(data)
+    sweep.run([cell], tmp_path)
+    folder, path = Folder(tmp_path / cell.folder), tmp_path / cell.folder / "score.json"
+    good = path.read_bytes()
+    assert sweep.look(cell, tmp_path).done
+    for key, value in (("version", 0), ("responses_hash", "x"), ("requests_hash", "x"), ("settings", {})):
+        path.write_text(json.dumps(json.loads(good) | {key: value}))
+        assert not sweep.look(cell, tmp_path).done, key
+        models.asked.clear()
+        sweep.run([cell], tmp_path)
+        assert path.read_bytes() == good and models.asked == []
+    assert folder.score()["n"] == 8
+
+
+def test_names_and_spellings_of_a_cell_do_not_ask_anew():
+    one = sweep.Cell("runs/a", "vqav2", name="A", batch_size=2)
+    assert one.folder == sweep.Cell("runs//a/", "vqav2", name="B", batch_size=3).folder
+    assert one.folder != sweep.Cell("runs/a", "vqav2", seed=1).folder
+
+
+def test_a_line_without_its_end_does_not_count_whatever_it_says(tmp_path, data):
+    out = tmp_path / "out"
+    run(out, data, Rules())
+    (path,) = Folder(out).shards()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(Folder(out).lines()) == 9
+    assert run(out, data, Rules()).docs == 1 and len(Folder(out).lines()) == 10
+
+
+def test_docs_are_not_shared_in_two_ways_at_once(tmp_path, data):
+    out = tmp_path / "out"
+    benchmark.write_plan(out, planned(data), MODEL, 4)
+    with held(out, name="run-1-of-2.lock"), pytest.raises(BusyError, match="shares of another number"):
+        run(out, data, Rules())
+    assert run(out, data, Rules()).docs == 10
+
+
+def test_a_likelihood_that_is_no_number_is_a_failure_of_its_doc(tmp_path):
+    class Infinite(Rules):
+        def score(self, conversation, options):
+            return [-math.inf if conversation.id == "a" else -1.0] * len(options)
+
+    docs = [Doc(id, (Turn("user", (Text("?"),)),), options=("x", "y")) for id in "ab"]
+    (batch,) = asking.ask(Infinite(), [docs], ReplySettings(), seed=0, batch_size=2)
+    assert [a.response.scores for a in batch] == [(), (-1.0, -1.0)] and "not a number" in batch[0].error
+
+
+def test_what_could_not_be_asked_is_asked_again_where_that_is_wanted(tmp_path, data):
+    out = tmp_path / "out"
+    run(out, data, Rules(lambda c, seed: (_ for _ in ()).throw(DataError("no")) if c.id == "3" else "a"))
+    made = planned(data)
+    assert benchmark.run(out, made, lambda: Rules()).docs == 0
+    assert benchmark.run(out, made, lambda: Rules(), retry=True).docs == 2, "that one, and the one unread"
+    assert benchmark.score(out)["n_failed"] == 1
+
+
+def test_without_a_doc_that_could_be_marked_figures_are_null(tmp_path, data):
+    run(tmp_path / "out", data, Rules(lambda c, seed: (_ for _ in ()).throw(DataError("no"))))
+    found = benchmark.score(tmp_path / "out")
+    assert found["metrics"]["accuracy"] | {"n": 0} == found["metrics"]["accuracy"]
+    assert found["metrics"]["accuracy"]["value"] is None and found["n_failed"] == 10
+
+
+def test_small_differences_of_few_docs_prove_nothing():
+    """All of n docs better by one: with signs at random, 2 of 2**n choices give as much."""
+    for n, p in ((1, None), (2, 0.5), (3, 0.25), (5, 0.0625), (10, 2 / 1024)):
+        ids = [str(i) for i in range(n)]
+        assert table.paired(dict.fromkeys(ids, 1.0), dict.fromkeys(ids, 0.0)) == p
+    twenty = [str(i) for i in range(20)]
+    assert table.paired(dict.fromkeys(twenty, 1.0), dict.fromkeys(twenty, 0.0)) < 0.001
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"boxes": 5}, "'boxes' must be a list"),
+        ({"parts": 5}, "'parts' must be a list"),
+        ({"scores": "123"}, "'scores' must be numbers"),
+        ({"scores": [10**400]}, "'scores' must be numbers"),
+        ({"turns": [["a"]]}, "a turn cannot be read"),
+        ({"turns": [[{"kind": "text", "text": 5}]]}, "must be strings"),
+        ({"turns": [[{"kind": "mask", "of": "a", "size": [2, 2], "rle": [3]}]]}, "a turn cannot be read"),
+        ({"turns": [[{"kind": "image", "ref": "../../secret.png"}]]}, "leads out of the folder"),
+        ({"images": ["../secret.png"]}, "leads out of the folder"),
+        ({"images": ["/secret.png"]}, "leads out of the folder"),
+        ({"images": ["a\0.png"]}, "leads out of the folder"),
+    ],
+)
+def test_lines_of_others_that_are_wrong_are_said(tmp_path, line, message):
+    (tmp_path / "secret.png").write_bytes(PICTURE.data)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "r").write_text(json.dumps({"id": 1, **line}) + "\n")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "in" / "r")
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("None", "list of mappings"),
+        ("[3]", "list of mappings"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("[", "SyntaxError"),
+        ("__import__('nowhere')", "ModuleNotFoundError"),
+    ],
+)
+def test_plans_that_do_not_run_are_one_line(tmp_path, body, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.read(plan_file(tmp_path, body))
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, data, capsys):
+    words = ["eval", "score", "--task=world-edit", f"--data-root={data}", "--responses=r"]
+    assert cli.main(words) == 2 and "umm eval plan --run=DIR" in capsys.readouterr().err
+    (tmp_path / "s.json").write_text(json.dumps({"schema": 1, "metrics": {}}))
+    assert cli.main(["eval", "table", str(tmp_path / "s.json")]) == 3
+    with pytest.raises(ConfigError, match="mount the bucket"):
+        Folder("gs://bucket/x")
+
+
+def test_folders_of_pictures_may_be_links(tmp_path, data):
+    (data / "val2014").rename(tmp_path / "coco")
+    (data / "val2014").symlink_to(tmp_path / "coco")
+    run(tmp_path / "out", data, Rules())
+    assert benchmark.score(tmp_path / "out")["n"] == 9

@@ -13,7 +13,7 @@ from jobs import environment
 from umm_jax import cli
 from umm_jax.evaluate.store import Folder
 
-TASK = ["--task=world-edit", "--set", "items=5"]
+TASK = ["--task=world-edit", "--set", "items=5", "--batch-size=2"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def one(run, tmp_path_factory):
     """A benchmark that one process asked and scored."""
     out = tmp_path_factory.mktemp("eval") / "one"
     umm("eval", "plan", f"--run={run}", *TASK, f"--out={out}")
-    umm("eval", "run", f"--out={out}", "--batch-size=2")
+    umm("eval", "run", f"--out={out}")
     umm("eval", "score", f"--out={out}")
     return out
 
@@ -53,7 +53,6 @@ def test_two_processes_give_what_one_gives(run, one, tmp_path):
                 "eval",
                 "run",
                 f"--out={out}",
-                "--batch-size=2",
                 f"--share={k}/2",
             ],
             env={**environment(1 + k), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},

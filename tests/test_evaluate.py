@@ -115,12 +115,17 @@ def folder(tmp_path, monkeypatch):
     path = tmp_path / "run"
     path.mkdir()
     configs.save(RUN, path / "config.json")
-    made = SimpleNamespace(path=path, replier=Perfect(), step=40)
+    made = SimpleNamespace(path=path, replier=Perfect(), step=40, fingerprint="f")
 
     def load_run(run_dir, step=None, weights=None):
         run = configs.load(path / "config.json")
         return SimpleNamespace(
-            run=run, step=step or made.step, weights=weights or "raw", replier=made.replier, parameters=12
+            run=run,
+            step=step or made.step,
+            weights=weights or "raw",
+            replier=made.replier,
+            parameters=12,
+            fingerprint=made.fingerprint,
         )
 
     monkeypatch.setattr(runner, "load_run", load_run)
@@ -225,8 +230,8 @@ def test_benchmarks_are_asked_in_training(monkeypatch, tmp_path):
     for step in (1, 2):
         found = on_eval(step, "params")
         assert found == {
-            "world-edit": 1,
-            "world-edit/parse_rate": 1,
+            "world-edit (items=9)": 1,
+            "world-edit (items=9)/parse_rate": 1,
             "world-vqa": 1,
             "world-vqa/parse_rate": 1,
         }
@@ -245,6 +250,19 @@ def test_benchmarks_are_asked_in_training(monkeypatch, tmp_path):
 def test_benchmarks_that_cannot_be_asked_are_refused_before_training(tmp_path, chosen, message):
     made = configs.to_dict(RUN) | {"train": {"eval_every": 1, "benchmarks": [chosen]}}
     with pytest.raises(UserError, match=message):
+        runner.in_training(configs.from_dict(RunConfig, made), tmp_path)
+
+
+def test_another_model_at_the_same_step_is_judged_anew(folder):
+    runner.evaluate(folder.path, items=2)
+    folder.replier, folder.fingerprint = Perfect(wrong=lambda item, turn: True), "other"
+    assert runner.evaluate(folder.path, items=2)["splits"]["iid"]["edit_exact"]["value"] == 0
+
+
+def test_one_benchmark_twice_is_refused(tmp_path):
+    chosen = [{"task": "world-edit", "limit": 2}] * 2
+    made = configs.to_dict(RUN) | {"train": {"eval_every": 1, "benchmarks": chosen}}
+    with pytest.raises(ConfigError, match="world-edit is there twice"):
         runner.in_training(configs.from_dict(RunConfig, made), tmp_path)
 
 

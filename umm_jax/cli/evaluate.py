@@ -29,12 +29,13 @@ def add(commands) -> None:
     p.add_argument("--weights", choices=["raw", "ema"], help="which weights (default: that of the config)")
     p.add_argument("--reply", action="append", default=[], metavar="KEY=VALUE", help="how it replies")
     p.add_argument("--seed", type=int, default=0, help="of all replies")
+    p.add_argument("--batch-size", type=positive, help="docs asked together (default: that of the config)")
     p.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     _benchmark(p, required=True)
 
     p = command(of_eval, "run", _run, "Ask what was planned and has no response yet; may be killed any time.")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of umm eval plan")
-    p.add_argument("--batch-size", type=positive, help="docs asked together (default: that of the config)")
+    p.add_argument("--retry", action="store_true", help="ask anew what could not be asked")
     p.add_argument("--devices", type=positive, help="that hold a part of the model each (default: all here)")
     p.add_argument("--share", default="0/1", metavar="K/N", help="of N processes, this is the K-th, from 0")
 
@@ -74,7 +75,11 @@ def add(commands) -> None:
     p.add_argument("plan", help="a .py file with get_sweep(), see umm_jax/evaluate/sweep.py")
     p.add_argument("--out", metavar="DIR", help="folder of the results (default: sweeps/NAME OF THE PLAN)")
     p.add_argument("--dry-run", action="store_true", help="print what would be run and what is there")
-    p.add_argument("--cell", type=natural, help="only this cell, as --dry-run numbers them")
+    p.add_argument(
+        "--cell",
+        type=natural,
+        help="only this cell, as --dry-run numbers them; tables are left to a last run",
+    )
 
 
 def _benchmark(p, required: bool) -> None:
@@ -128,7 +133,8 @@ def _plan(args) -> None:
         args.task, set_values(args.set), args.data_root, set_values(args.reply), args.limit, args.seed
     )
     planned = benchmark.plan(job, model.to_dict(), WorldConfig.of(model.run), model.run.reply)
-    counts = benchmark.write_plan(args.out, planned, model.to_dict())
+    batch_size = args.batch_size or model.run.eval.batch_size
+    counts = benchmark.write_plan(args.out, planned, model.to_dict(), batch_size)
     print(f"{args.out}: {counts['docs']} docs, {counts['answered']} of them answered")
 
 
@@ -149,9 +155,9 @@ def _run(args) -> None:
         args.out,
         planned,
         lambda: attended(load_run(model["folder"], model["step"], model["weights"], devices=args.devices)),
-        batch_size=args.batch_size or identity.run.eval.batch_size,
         index=int(index),
         count=int(count),
+        retry=args.retry,
     )
     print(f"{spent.docs} docs in {spent.seconds:.1f} s, {spent.in_model:.1f} s of them inside the model")
 
@@ -227,8 +233,8 @@ def _table(args) -> None:
 
     columns = []
     for text in args.scores:
-        name, equals, path = text.rpartition("=")
-        columns.append(table.Column(name if equals else Path(path).stem, table.read(path)))
+        name, equals, path = ("", "", text) if Path(text).exists() else text.partition("=")
+        columns.append(table.Column(name if equals else text, table.read(path if equals else text)))
     made = table.build(columns, args.figure)
     if args.format == "html":
         print(table.page(made, "Benchmarks"), end="")
@@ -254,7 +260,8 @@ def _sweep(args) -> None:
     if spent.docs:
         share = spent.in_model / spent.seconds
         print(f"{spent.docs} docs in {spent.seconds:.1f} s, {share:.1%} of it inside the model")
-    for path in sweep.write_tables(cells, out, Path(args.plan).stem):
+    # One cell is one of many jobs: they would write over one another's tables.
+    for path in sweep.write_tables(cells, out, Path(args.plan).stem) if args.cell is None else ():
         print(f"wrote {path}")
     if failed:
         raise DataError(

@@ -4,6 +4,7 @@ A reply depends on its doc, the settings, the seed and the weights alone: not on
 the number of processes, or where a run was resumed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,9 +101,14 @@ def _begun(doc: Doc) -> Asked:
 
 def _rank(model: Model, asked: Asked) -> None:
     try:
-        asked.scores = tuple(model.score(asked.conversation, asked.doc.options))
+        scores = tuple(model.score(asked.conversation, asked.doc.options))
     except DataError as error:
         asked.error = str(error)
+        return
+    if all(map(math.isfinite, scores)):
+        asked.scores = scores
+    else:
+        asked.error = "a log-probability is not a number; the checkpoint may hold such values"
 
 
 def _take_turn(model: Model, asked: list[Asked], turn: int, settings, seed: int, batch_size: int) -> None:

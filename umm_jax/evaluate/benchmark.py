@@ -22,8 +22,8 @@ from tqdm import tqdm
 from umm_jax import config as configs
 from umm_jax.config import BenchmarkConfig, ReplySettings
 from umm_jax.conversation import ImageData
-from umm_jax.errors import ConfigError, DataError
-from umm_jax.evaluate import asking, scoring, tasks
+from umm_jax.errors import BusyError, ConfigError, DataError
+from umm_jax.evaluate import asking, scoring, table, tasks
 from umm_jax.evaluate.asking import Model
 from umm_jax.evaluate.contract import Doc, Task
 from umm_jax.evaluate.responses import check_ids
@@ -90,7 +90,8 @@ def plan(job: Job, model: Mapping[str, Any], world: WorldConfig | None, reply: R
         },
         sort_keys=True,
     )
-    requests = {doc.id: _request(common, doc) for doc in docs}
+    seen: dict[str, str] = {}
+    requests = {doc.id: _request(common, doc, seen) for doc in docs}
     world = world if task.source == "world" else None
     return Planned(job, task, settings, docs, dataset_hash, reply, world, requests)
 
@@ -110,22 +111,37 @@ def read_docs(
     return scoring.docs_of(task, source, settings, limit), source.digest
 
 
-def _request(common: str, doc: Doc) -> str:
-    """Hash of all that a reply depends on; a picture that cannot be read is one that is not there."""
+def _request(common: str, doc: Doc, seen: dict[str, str]) -> str:
+    """Hash of all that a reply depends on; a picture that cannot be read is one that is not there.
+
+    Args:
+        seen: hashes of pictures by their place, so that one that many docs show is read once.
+    """
     media = {}
     for name, image in doc.images.items():
-        try:
-            data = image.data if isinstance(image, ImageData) else image.read_bytes()
-        except OSError:
-            data = b""
-        media[name] = hashlib.sha256(data).hexdigest()
+        if isinstance(image, ImageData):
+            media[name] = image.sha256
+            continue
+        if str(image) not in seen:
+            try:
+                data = image.read_bytes()
+            except OSError:
+                data = b""
+            seen[str(image)] = hashlib.sha256(data).hexdigest()
+        media[name] = seen[str(image)]
     said = [[turn.role, [[p.kind, vars(p)] for p in turn.parts]] for turn in (*doc.turns, *doc.then)]
     told = json.dumps([common, doc.id, said, list(doc.options), media], default=str, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
-def write_plan(folder: str | Path, planned: Planned, model: Mapping[str, Any]) -> dict[str, int]:
-    """Writes the plan; {"docs", "answered"}. Raises StorageError."""
+def write_plan(
+    folder: str | Path, planned: Planned, model: Mapping[str, Any], batch_size: int
+) -> dict[str, int]:
+    """Writes the plan; {"docs", "answered"}. Raises StorageError.
+
+    Args:
+        batch_size: docs asked together, by whoever runs it.
+    """
     job = planned.job
     stored = Folder(folder)
     stored.write_plan(
@@ -137,6 +153,7 @@ def write_plan(folder: str | Path, planned: Planned, model: Mapping[str, Any]) -
             "reply": configs.to_dict(planned.reply),
             "limit": job.limit,
             "seed": job.seed,
+            "batch_size": batch_size,
             "world": configs.to_dict(planned.world) if planned.world else None,
             "model": dict(model),
         },
@@ -163,6 +180,9 @@ def check_planned(folder: str | Path, planned: Planned) -> None:
             f"{folder}: the model, the annotations or the pictures have changed since this was planned; "
             "plan again: docs whose request is the same keep their response"
         )
+
+
+_FRESH = 60.0  # seconds after which the lock of a share that does not beat counts as left behind
 
 
 @dataclass
@@ -202,24 +222,29 @@ def run(
     planned: Planned,
     load: Callable[[], Model],
     *,
-    batch_size: int,
     index: int = 0,
     count: int = 1,
+    retry: bool = False,
 ) -> Spent:
     """Asks what has no response yet.
 
     Args:
         load: called when there is something to ask.
-        batch_size: docs asked together.
         index, count: of the processes that share the batches; each has every count-th one.
+        retry: whether docs that could not be asked are asked again.
 
     Raises:
-        BusyError: another process asks for this share. StorageError.
+        BusyError: another process asks for this share, or others share the docs in another way. StorageError.
     """
     began, spent = time.perf_counter(), Spent()
     stored = Folder(folder)
-    with held(stored.path, name=f"run-{index}-of-{count}.lock"):
-        answered = stored.lines()
+    batch_size = stored.plan()["batch_size"]
+    with (
+        held(stored.path, name=f"run-{index}-of-{count}.lock") as lock,
+        Appending(stored, index, count) as shard,
+    ):
+        _check_shares(stored.path, count)
+        answered = {id for id, line in stored.lines().items() if not (retry and line.get("error"))}
         todo = [
             left
             for batch in asking.batches(planned.docs, batch_size)[index::count]
@@ -228,26 +253,33 @@ def run(
         if not todo:
             return spent
         model = _Timed(load(), spent)
-        shard = Appending(stored, index, count)
         replies = sum(1 + len(doc.then) for batch in todo for doc in batch)
         label = f"{planned.task.name}{f' {index + 1}/{count}' if count > 1 else ''}"
-        try:
-            with tqdm(total=replies, desc=label, unit=" replies", disable=None) as bar:
-                found = asking.ask(
-                    model,
-                    todo,
-                    planned.reply,
-                    seed=planned.job.seed,
-                    batch_size=batch_size,
-                    progress=bar.update,
-                )
-                for batch in found:
-                    shard.add([(asked.response, planned.requests[asked.doc.id]) for asked in batch])
-                    spent.docs += len(batch)
-        finally:
-            shard.close()
+        with tqdm(total=replies, desc=label, unit=" replies", disable=None) as bar:
+            found = asking.ask(
+                model,
+                todo,
+                planned.reply,
+                seed=planned.job.seed,
+                batch_size=batch_size,
+                progress=bar.update,
+            )
+            for batch in found:
+                lock.check()
+                shard.add([(asked.response, planned.requests[asked.doc.id]) for asked in batch])
+                spent.docs += len(batch)
     spent.seconds = time.perf_counter() - began
     return spent
+
+
+def _check_shares(folder: Path, count: int) -> None:
+    """Raises BusyError where a process that lives, or beat a moment ago, shares the docs among others."""
+    for path in folder.glob("run-*-of-*.lock"):
+        with contextlib.suppress(OSError):
+            if not path.name.endswith(f"-of-{count}.lock") and time.time() - path.stat().st_mtime < _FRESH:
+                raise BusyError(
+                    f"{path}: the docs are being asked in shares of another number; wait for those, or use it"
+                )
 
 
 def planned_docs(
@@ -270,7 +302,13 @@ def planned_docs(
         )
     settings = scoring.settings_of(task, {**planned["settings"], **(judging or {})})
     world = configs.from_dict(WorldConfig, planned["world"], "world") if planned["world"] else None
-    return task, settings, *read_docs(task, settings, planned["data_root"], world, planned["limit"])
+    docs, dataset_hash = read_docs(task, settings, planned["data_root"], world, planned["limit"])
+    if dataset_hash != planned["dataset_hash"]:
+        raise DataError(
+            f"{folder}: the annotations are not those the docs were asked from; put those back, or plan and "
+            "run again"
+        )
+    return task, settings, docs, dataset_hash
 
 
 def score(
@@ -288,11 +326,6 @@ def score(
     stored = Folder(folder)
     planned = stored.plan()
     task, settings, docs, dataset_hash = planned_docs(folder, judging)
-    if dataset_hash != planned["dataset_hash"]:
-        raise DataError(
-            f"{folder}: the annotations are not those the docs were asked from; put those back, or plan and "
-            "run again"
-        )
     found = stored.responses()
     check_ids(found, [doc.id for doc in docs], str(folder), partial=partial)
     records, failed = scoring.mark(task, docs, found, settings)
@@ -301,10 +334,10 @@ def score(
         settings,
         records,
         dataset_hash=dataset_hash,
-        responses_hash=scoring.digest(json.dumps(stored.requests())),
+        responses_hash=stored.responses_hash(),
         failed=failed,
         limit=planned["limit"],
-    ) | {"model": planned["model"], "reply": planned["reply"], "seed": planned["seed"]}
+    ) | {name: planned[name] for name in ("model", "reply", "seed", "requests_hash")}
     rows = ({"id": r.doc.id, "values": r.marks.values, "invalid": r.marks.invalid} for r in records)
     stored.write_score(figures, rows)
     return figures
@@ -315,6 +348,8 @@ def score(
 
 class Watched:
     """A few docs of a benchmark, read once and asked whenever a run in training wants to know.
+
+    Its `name` is the task's, and what differs from the task's own settings.
 
     Args:
         chosen: what is asked. world, reply: those of the run.
@@ -332,13 +367,14 @@ class Watched:
                 f"train.benchmarks: {self.task.name} needs {other} besides the model; ask it afterwards"
             )
         self.settings = scoring.settings_of(self.task, chosen.settings)
+        self.name = table.row_of(self.task, self.settings)
         self.docs, _ = read_docs(self.task, self.settings, chosen.data_root, world, chosen.limit)
         self.reply = configs.from_dict(
             ReplySettings, {**configs.to_dict(reply), **self.task.reply, **chosen.reply}, "reply"
         )
 
     def figures(self, model: Model, *, seed: int, batch_size: int) -> dict[str, float]:
-        """{task: headline, task/parse_rate} of what the model replies now; absent where there is none."""
+        """{name: headline, name/parse_rate} of what the model replies now; absent where there is none."""
         batches = asking.batches(self.docs, batch_size)
         asked = asking.ask(model, batches, self.reply, seed=seed, batch_size=batch_size)
         found = {a.doc.id: a.response for batch in asked for a in batch}
@@ -346,5 +382,5 @@ class Watched:
         if not records:
             return {}
         head = self.task.total(records, self.settings)[self.task.headline].value
-        told = {} if head is None else {self.task.name: head}
-        return told | {f"{self.task.name}/parse_rate": scoring.parse_rate(records)}
+        told = {} if head is None else {self.name: head}
+        return told | {f"{self.name}/parse_rate": scoring.parse_rate(records)}

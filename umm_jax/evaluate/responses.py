@@ -23,6 +23,7 @@ from umm_jax.data.quarantine import Rejected
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Response
 from umm_jax.evaluate.measures import rle
+from umm_jax.evaluate.source import inside
 
 MEDIA = "media"  # the folder of a run's pictures, beside its responses
 
@@ -42,6 +43,9 @@ def read_lines(path: str | Path, *, torn: bool = False) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     found = []
+    if torn:
+        # Without a line break at its end a line was not written to its end, whatever it says.
+        lines[-1] = b""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -50,9 +54,6 @@ def read_lines(path: str | Path, *, torn: bool = False) -> list[dict[str, Any]]:
             if not isinstance(value, dict):
                 raise ValueError("not an object")
         except (ValueError, UnicodeDecodeError) as error:
-            # The last line has no line break after it unless it was written to its end.
-            if torn and number == len(lines):
-                break
             raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
         found.append(value)
     return found
@@ -83,21 +84,19 @@ def parse(line: Mapping[str, Any], folder: Path, where: str) -> Response:
     if "id" not in line:
         raise DataError(f"{where}: has no 'id'")
     id = str(line["id"])
-    try:
-        scores = tuple(float(s) for s in line.get("scores") or ())
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: 'scores' must be numbers, one for each option") from None
-    if any(math.isnan(s) for s in scores):
-        raise DataError(f"{where}: 'scores' holds NaN")
+    scores = line.get("scores") or []
+    if not isinstance(scores, list) or not all(_finite(s) for s in scores):
+        raise DataError(f"{where}: 'scores' must be numbers, one for each option")
+    scores = tuple(float(s) for s in scores)
     if line.get("error"):
         return Response(id, error=str(line["error"]))
     if "turns" in line:
         try:
             turns = tuple(Turn("assistant", tuple(_part(p) for p in turn)) for turn in line["turns"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{where}: a turn cannot be read ({error})") from None
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise DataError(f"{where}: a turn cannot be read ({error!r})") from None
         refs = [part.ref for turn in turns for part in turn.parts if isinstance(part, Image)]
-        images = {ref: picture(folder / MEDIA / ref, where) for ref in refs}
+        images = {ref: picture(inside(folder / MEDIA, ref), where) for ref in refs}
         return Response(id, turns, images, scores)
     return _foreign(id, line, scores, folder, where)
 
@@ -113,7 +112,12 @@ def _foreign(id: str, line: Mapping[str, Any], scores, folder: Path, where: str)
     if said is None:
         said = [{"text": line.get("text") or ""}]
         for name in ("images", "boxes", "masks"):
-            said += [{_ONE_BY_ONE[name]: value} for value in line.get(name) or ()]
+            values = line.get(name) or []
+            if not isinstance(values, list):
+                raise DataError(f"{where}: {name!r} must be a list")
+            said += [{_ONE_BY_ONE[name]: value} for value in values]
+    if not isinstance(said, list):
+        raise DataError(f"{where}: 'parts' must be a list")
     parts: list[Part] = []
     images = {}
     for one in said:
@@ -123,7 +127,7 @@ def _foreign(id: str, line: Mapping[str, Any], scores, folder: Path, where: str)
         if kind in ("text", "image") and not isinstance(value, str):
             raise DataError(f"{where}: {kind!r} must be a string, it is {str(value)[:60]!r}")
         if kind == "image":
-            images[value] = picture(folder / value, where)
+            images[value] = picture(inside(folder, value), where)
             parts.append(Image(value))
         elif kind == "box":
             if not isinstance(value, Sequence) or len(value) != 4 or not all(_finite(v) for v in value):
@@ -137,12 +141,24 @@ def _foreign(id: str, line: Mapping[str, Any], scores, folder: Path, where: str)
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _part(plain: Mapping[str, Any]) -> Part:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "kind"}
-    return PARTS[plain["kind"]](**fields)
+    part = PARTS[plain["kind"]](**fields)
+    words = [getattr(part, name) for name in ("text", "ref", "of") if hasattr(part, name)]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{part.kind}: {words} must be strings")
+    if isinstance(part, Mask):
+        part.array()  # raises where its runs do not fill it
+    if isinstance(part, Box) and not (len(part.xyxy) == 4 and all(map(_finite, part.xyxy))):
+        raise ValueError(f"a box must be four numbers, it is {part.xyxy}")
+    return part
 
 
 def picture(path: Path, where: str) -> ImageData:

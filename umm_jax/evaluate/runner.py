@@ -22,7 +22,7 @@ from umm_jax import config as configs
 from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import ImageData
 from umm_jax.data.files import storage_errors, write_atomic
-from umm_jax.errors import DataError
+from umm_jax.errors import ConfigError, DataError
 from umm_jax.evaluate import asking, benchmark
 from umm_jax.evaluate.asking import Asked
 from umm_jax.evaluate.report import HEADLINE
@@ -136,6 +136,7 @@ def evaluate(
         {
             "step": loaded.step,
             "weights": loaded.weights,
+            "fingerprint": loaded.fingerprint,
             "parameters": loaded.parameters,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "settings": configs.to_dict({"world": world, "reply": run.reply, "seed": section.seed}),
@@ -209,7 +210,7 @@ class Store:
                 raise DataError(
                     f"{folder}: cannot be read ({error}); --again judges everything anew"
                 ) from None
-            known = ("step", "weights", "settings")
+            known = ("step", "weights", "fingerprint", "settings")
             if all(stored.get(key) == self.results[key] for key in known):
                 self.results |= {"splits": stored["splits"], "done": stored["done"]}
                 # Samples are written first: those of a skill that is not done are of a run that died between.
@@ -304,6 +305,9 @@ def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dic
         ConfigError, DataError: a benchmark of the config cannot be asked, which is said before training.
     """
     watched = [benchmark.Watched(chosen, WorldConfig.of(run), run.reply) for chosen in run.train.benchmarks]
+    names = [one.name for one in watched]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"train.benchmarks: {twice} is there twice")
     model = None
 
     def on_eval(step: int, params: Any) -> dict[str, float]:

@@ -4,7 +4,7 @@ A score file (``umm eval score --json``) holds
 
     schema, task, headline, scale    what was measured
     metrics                          {figure: {"value", "stderr", "n", "n_invalid", "reason"}}
-    n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked
+    n, n_invalid, stderr             those of the headline; n_failed: docs that could not be asked or judged
     parse_rate                       share of the marked replies in which something could be read
     cost_class, judge, noted, settings, prompt_hash, post, dataset_hash, responses_hash, versions
     ids_hash                         of the docs that were marked
@@ -25,9 +25,9 @@ from typing import Any
 from umm_jax import __version__
 from umm_jax import config as configs
 from umm_jax.data.files import write_atomic
-from umm_jax.errors import DataError
+from umm_jax.errors import ConfigError, DataError
 from umm_jax.evaluate import responses as replies
-from umm_jax.evaluate.contract import Doc, Record, Response, Task
+from umm_jax.evaluate.contract import Doc, Record, Response, Score, Task
 from umm_jax.evaluate.source import Source
 
 SCHEMA = 1
@@ -79,8 +79,12 @@ def result(
     limit: int | None = None,
 ) -> dict[str, Any]:
     """The content of a score file. Raises DataError: records of several judges."""
-    scores = task.total(records, settings)
+    if records:
+        scores = task.total(records, settings)
+    else:
+        scores = {task.headline: Score(None, reason="no doc could be marked")}
     head = scores[task.headline]
+    skipped = sum("skipped" in r.marks.parts for r in records)
     return {
         "schema": SCHEMA,
         "task": task.name,
@@ -90,7 +94,7 @@ def result(
         "metrics": {name: asdict(score) for name, score in scores.items()},
         "n": head.n,
         "n_invalid": head.n_invalid,
-        "n_failed": failed,
+        "n_failed": failed + skipped,
         "stderr": head.stderr,
         "parse_rate": parse_rate(records),
         "cost_class": task.cost,
@@ -157,6 +161,10 @@ def score(
         DataError: annotations missing or damaged, responses damaged, twice for one doc, or of other docs.
         ConfigError: unknown settings.
     """
+    if task.source == "world":
+        raise ConfigError(
+            f"{task.name} asks about a run's own world: umm eval plan --run=DIR --task={task.name}"
+        )
     chosen = settings_of(task, settings)
     source = Source(root, task.name, task.files)
     docs = docs_of(task, source, chosen, limit)

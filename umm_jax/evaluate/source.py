@@ -52,6 +52,19 @@ class Embedded:
         return self.where
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a name that others chose, below a folder.
+
+    Links are followed: who has the folder has put them there.
+
+    Raises:
+        DataError: the name leads out of it.
+    """
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{folder}: the picture name {name!r} leads out of the folder")
+    return folder / name
+
+
 class Source:
     """A benchmark's folder.
 
@@ -139,11 +152,9 @@ class Source:
         Raises:
             DataError: the name leads out of the folder.
         """
-        root = self.root.resolve()
-        for name in names:
-            if not (root / name).resolve().is_relative_to(root):
-                raise DataError(f"{self.root}: the picture name {name!r} leads out of the folder")
-        return next((self.root / n for n in names if (self.root / n).exists()), self.root / names[0])
+        paths = [inside(self.root, name) for name in names]
+        # With one name there is nothing to choose, and looking costs time where there are many.
+        return paths[0] if len(paths) == 1 else next((p for p in paths if p.exists()), paths[0])
 
 
 def take(entry: Any, key: str, of: Path | str, kinds: type | tuple[type, ...] = object) -> Any:

@@ -10,6 +10,7 @@ Responses are only ever appended. A doc is asked again when its request is anoth
 answered: another model, checkpoint, prompt, picture, seed or way of replying.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from umm_jax.data.files import storage_errors, sync, write_atomic
-from umm_jax.errors import DataError
+from umm_jax.errors import ConfigError, DataError
 from umm_jax.evaluate import responses as replies
 from umm_jax.evaluate.contract import Response
 from umm_jax.evaluate.responses import MEDIA
@@ -29,28 +30,42 @@ class Folder:
     """Reads and writes one such folder. Every method that writes raises StorageError."""
 
     def __init__(self, path: str | Path):
+        if "://" in str(path):
+            raise ConfigError(
+                f"{path}: replies are appended to a folder; mount the bucket (gcsfuse) and give its path"
+            )
         self.path = Path(path)
 
     # --- what is asked ----------------------------------------------------------------------------
 
     def write_plan(self, plan: Mapping[str, Any], requests: Sequence[tuple[str, str]]) -> None:
-        """`requests` are (doc's id, hash of its request)."""
+        """`requests` are (doc's id, hash of its request). Figures of other requests are removed."""
         with storage_errors(self.path):
             (self.path / MEDIA).mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps({"id": id, "request": request}) + "\n" for id, request in requests)
-        write_atomic(self.path / REQUESTS, lines)
+        path = self.path / REQUESTS
+        if not path.exists() or path.read_text() != lines:
+            for name in (SCORE, SCORES):
+                (self.path / name).unlink(missing_ok=True)
+            write_atomic(path, lines)
+        # Last, and with the requests' hash: what a kill in between leaves is known to be of two plans.
+        plan = {**plan, "requests_hash": hashlib.sha256(lines.encode()).hexdigest()}
         write_atomic(self.path / PLAN, json.dumps(plan, indent=1) + "\n")
 
     def plan(self) -> dict[str, Any]:
-        """Raises DataError where nothing was planned, or the file is damaged."""
+        """Raises DataError where nothing was planned, or the files are damaged or of two plans."""
         try:
-            return json.loads((self.path / PLAN).read_text())
+            plan = json.loads((self.path / PLAN).read_text())
+            lines = (self.path / REQUESTS).read_bytes()
+            if plan["requests_hash"] != hashlib.sha256(lines).hexdigest():
+                raise DataError(f"{self.path}: planning was cut short; plan again")
+            return plan
         except FileNotFoundError:
             raise DataError(
                 f"{self.path}: nothing is planned here; umm eval plan --out={self.path}"
             ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path / PLAN}: cannot be read ({error}); plan again") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path / PLAN}: cannot be read ({error!r}); plan again") from None
 
     def requests(self) -> dict[str, str]:
         """{doc's id: hash of its request}, in order. Raises DataError."""
@@ -73,6 +88,11 @@ class Folder:
                 if wanted.get(line.get("id")) == line.get("request"):
                     found[line["id"]] = line
         return found
+
+    def responses_hash(self) -> str:
+        """Of all lines that count, by id."""
+        told = json.dumps(sorted(self.lines().items()), sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def responses(self) -> dict[str, Response]:
         """{doc's id: response}, as :meth:`lines`."""
@@ -125,6 +145,12 @@ class Appending:
         with storage_errors(self.path):
             self._file.close()
             sync(self.path.parent)
+
+    def __enter__(self) -> "Appending":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
 
 def _cut_torn(file) -> None:

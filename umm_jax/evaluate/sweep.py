@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from umm_jax import config as configs
 from umm_jax.data.files import write_atomic
 from umm_jax.errors import ConfigError, UserError
 from umm_jax.evaluate import benchmark, samples, scoring, table, tasks
-from umm_jax.evaluate.store import Folder
+from umm_jax.evaluate.store import PLAN, Folder
 from umm_jax.evaluate.world_expert import attended
 from umm_jax.generate import Identity, Loaded, identify, load_run
 from umm_jax.world.scene import WorldConfig
@@ -133,7 +134,8 @@ class Cell:
     @property
     def folder(self) -> str:
         """Its folder's name: readable, and of no other cell."""
-        told = json.dumps(configs.to_dict(self), sort_keys=True)
+        told = configs.to_dict(self) | {"run": os.path.normpath(self.run), "name": "", "batch_size": None}
+        told = json.dumps(told, sort_keys=True)
         return f"{self.task}-{Path(self.run).name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     @property
@@ -155,10 +157,16 @@ def read(path: str | Path) -> list[Cell]:
     if spec is None:
         raise ConfigError(f"{path}: a plan of a sweep ends in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
-        raise ConfigError(f"{path}: has no get_sweep()")
-    cells = [configs.from_dict(Cell, cell, f"cell {i}") for i, cell in enumerate(module.get_sweep())]
+    try:
+        spec.loader.exec_module(module)
+        made = module.get_sweep() if hasattr(module, "get_sweep") else None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's own file does
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(made, list) or not all(isinstance(cell, Mapping) for cell in made):
+        raise ConfigError(f"{path}: needs a get_sweep() that gives a list of mappings, one a cell")
+    cells = [configs.from_dict(Cell, cell, f"cell {i}") for i, cell in enumerate(made)]
     if not cells:
         raise ConfigError(f"{path}: get_sweep() gives no cell")
     folders = [cell.folder for cell in cells]
@@ -198,11 +206,24 @@ def look(cell: Cell, out: Path) -> State:
     planned = benchmark.plan(cell.job, identity.to_dict(), WorldConfig.of(run), run.reply)
     folder = Folder(out / cell.folder)
     answered, scored = 0, False
-    if (folder.path / "plan.json").exists() and folder.requests() == dict(planned.requests):
+    if (folder.path / PLAN).exists() and folder.requests() == dict(planned.requests):
         answered = len(folder.lines())
-        figures = folder.score()
-        scored = figures is not None and figures["dataset_hash"] == planned.dataset_hash
+        scored = _is_of(folder.score(), planned, folder)
     return State(cell, identity, planned, answered, scored)
+
+
+def _is_of(figures: Mapping[str, Any] | None, planned: benchmark.Planned, folder: Folder) -> bool:
+    """Whether figures are of these requests, settings and responses, and marked as they would be now."""
+    if figures is None:
+        return False
+    wanted = {
+        "version": planned.task.version,
+        "settings": json.loads(json.dumps(configs.to_dict(planned.settings))),
+        "dataset_hash": planned.dataset_hash,
+        "requests_hash": folder.plan()["requests_hash"],
+        "responses_hash": folder.responses_hash(),
+    }
+    return all(figures.get(key) == value for key, value in wanted.items())
 
 
 def dry_run(cells: Sequence[Cell], out: Path) -> Iterator[str]:
@@ -238,9 +259,9 @@ def run(
                 say(f"{cell.task} of {cell.label}: done already")
             else:
                 model = state.identity.to_dict()
-                benchmark.write_plan(folder, state.planned, model)
                 size = cell.batch_size or state.identity.run.eval.batch_size
-                cost = benchmark.run(folder, state.planned, models.loader(state), batch_size=size)
+                benchmark.write_plan(folder, state.planned, model, size)
+                cost = benchmark.run(folder, state.planned, models.loader(state))
                 figures = benchmark.score(folder)
                 head = figures["metrics"][figures["headline"]]["value"]
                 shown = "-" if head is None else f"{head:.4g}"

@@ -2,7 +2,7 @@
 
 A cell stands beside the first of its row when both come from the same benchmark, version, settings, prompt,
 post-processing, data and judge, on the same docs. Otherwise it is marked, and the reasons are told below the
-table. Where two cells have the same docs, the difference is tested by a paired bootstrap over docs.
+table. Where two cells have the same docs, the difference is tested over docs, see :func:`paired`.
 """
 
 import csv
@@ -35,6 +35,9 @@ COMPARED = {
     "ids_hash": "docs",
 }
 RESAMPLES = 10_000
+FEW = 30  # docs below which a bootstrap is too sure of itself
+_EXACT = 14  # docs up to which all signs are tried
+_NEEDED = {"task", "settings", "metrics", "docs", "headline", "n_failed", "parse_rate"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
         except ValueError as error:
             raise DataError(f"{file}: damaged: {error}") from None
-        if not isinstance(figures, dict) or figures.get("schema") != SCHEMA or "metrics" not in figures:
+        known = isinstance(figures, dict) and figures.get("schema") == SCHEMA
+        if not known or not figures.keys() >= _NEEDED or not isinstance(figures["task"], str):
             raise DataError(f"{file}: no score file of this release (umm eval score --json)")
         task = tasks.get(figures["task"])
         row = row_of(task, configs.from_dict(task.Settings, figures["settings"], str(file)))
@@ -133,12 +137,14 @@ def _cell(found: Mapping[str, Any] | None, first: Mapping[str, Any], figure: str
     task = tasks.get(found["task"])
     here, there = ({**f, "settings": compared(task, f["settings"])} for f in (found, first))
     differs = [text for key, text in COMPARED.items() if here.get(key) != there.get(key)]
+    if found["docs"].keys() != first["docs"].keys() and "docs" not in differs:
+        differs.append("docs")
     marks = []
     if differs:
         marks.append(_note(notes, f"not comparable with the first of its row: another {', '.join(differs)}"))
     if found["n_failed"]:
-        marks.append(_note(notes, f"{found['n_failed']} docs could not be asked, and are left out"))
-    if score["value"] is None and score["reason"]:
+        marks.append(_note(notes, f"{found['n_failed']} docs could not be asked or judged, and are left out"))
+    if score["reason"]:
         marks.append(_note(notes, score["reason"]))
     tested = found is not first and not differs and name == found["headline"]
     p = paired(found["docs"], first["docs"]) if tested else None
@@ -152,24 +158,34 @@ def _note(notes: list[str], text: str) -> int:
 
 
 def paired(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
-    """Two-sided p of mean(a) = mean(b) over the same docs: a bootstrap of their differences.
+    """Two-sided p of mean(a) = mean(b) over the same docs; None where they are not, or fewer than two.
 
-    Differences are drawn again with replacement, their mean moved to zero; p is the share of draws at least
-    as far from zero as the mean that was seen. The same files give the same p.
+    A bootstrap of their differences, whose mean is moved to zero: the share of draws at least as far from
+    zero as the mean that was seen. Of fewer than FEW docs, where that would find differences everywhere, the
+    share of choices of the differences' signs that give as much. The same files give the same p.
     """
     ids = sorted(a)
-    if not ids or a.keys() != b.keys():
+    if len(ids) < 2 or a.keys() != b.keys():
         return None
     difference = np.array([a[i] - b[i] for i in ids])
-    seen = abs(difference.mean())
+    seen = abs(difference.mean()) * (1 - 1e-12)
     if not difference.any():
         return 1.0
     rng = np.random.default_rng(zlib.crc32("".join(ids).encode()))
-    centred, far = difference - difference.mean(), 0
-    # In parts, so that a large benchmark does not need all its draws in memory.
-    for part in _parts(RESAMPLES, max(1, 2_000_000 // len(ids))):
-        means = rng.choice(centred, (part, len(ids))).mean(1)
-        far += int((abs(means) >= seen * (1 - 1e-12)).sum())
+    n = len(ids)
+    if n <= _EXACT:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((abs((signs * difference).mean(1)) >= seen).mean())
+    if n < FEW:
+        signs = rng.choice([-1, 1], (RESAMPLES, n))
+        far = abs((signs * difference).mean(1)) >= seen
+        return float((far.sum() + 1) / (RESAMPLES + 1))
+    # How often each value is drawn is all that counts: there are few where docs are right or wrong.
+    values, counts = np.unique(difference - difference.mean(), return_counts=True)
+    far = 0
+    for part in _parts(RESAMPLES, max(1, 2_000_000 // len(values))):
+        means = rng.multinomial(n, counts / n, part) @ values / n
+        far += int((abs(means) >= seen).sum())
     return (far + 1) / (RESAMPLES + 1)
 
 

@@ -25,7 +25,7 @@ from umm_jax.evaluate import contract
 from umm_jax.evaluate import responses as replies
 from umm_jax.evaluate.contract import Marks, Record, Response, Score
 from umm_jax.evaluate.measures import groups
-from umm_jax.evaluate.source import Source
+from umm_jax.evaluate.source import Source, inside
 
 NO_JUDGE = "no judge"
 NO_VERDICT = "no verdict"
@@ -279,5 +279,5 @@ def export(docs: Sequence[contract.Doc], responses: Mapping[str, Response], outd
         if picture is None:
             missing.append(doc.id)
         else:
-            save(picture, folder / f"{doc.id}.png")
+            save(picture, inside(folder, f"{doc.id}.png"))
     return missing

@@ -29,7 +29,7 @@ class Loaded:
 
     Attributes:
         run: the config it was trained by. step: the checkpoint's; weights: "raw" or "ema".
-        replier: its family's. parameters: how many numbers it has.
+        replier: its family's. parameters: how many numbers it has. fingerprint: see :class:`Identity`.
     """
 
     run: RunConfig
@@ -37,6 +37,7 @@ class Loaded:
     weights: str
     replier: Replier
     parameters: int
+    fingerprint: str = ""
 
     def reply(
         self,
@@ -65,7 +66,7 @@ class Identity:
     Attributes:
         run: its config. folder: of the run. step: the checkpoint's; weights: "raw" or "ema".
         fingerprint: hash of the checkpoint's files by name, size and, where they are small, content; of the
-            tokenizer; of weights and overrides. A copy of a run has that of the run.
+            tokenizer; of weights, overrides and the run's world. A copy of a run has that of the run.
     """
 
     run: RunConfig
@@ -100,14 +101,20 @@ def identify(
     if step not in checkpoints.steps():
         has = ", ".join(map(str, checkpoints.steps())) or "none"
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are: {has}")
-    told = hashlib.sha256(f"{weights} {sorted(overrides)}\n".encode())
+    return Identity(run, str(run_dir), step, weights, _fingerprint(folder, run, step, weights, overrides))
+
+
+def _fingerprint(folder: Path, run: RunConfig, step: int, weights: str, overrides: Sequence[str]) -> str:
+    """See :class:`Identity`."""
+    world = configs.to_dict(run.world)
+    told = hashlib.sha256(f"{weights} {sorted(overrides)} {world}\n".encode())
     saved = folder / "checkpoints" / str(step)
     for path in (folder / "tokenizer.model", *sorted(saved.rglob("*"))):
         if path.is_file():
             size = path.stat().st_size
             told.update(f"{path.relative_to(folder)} {size}\n".encode())
             told.update(path.read_bytes() if size <= _WHOLE else b"")
-    return Identity(run, str(run_dir), step, weights, told.hexdigest()[:16])
+    return told.hexdigest()[:16]
 
 
 def _config(folder: Path) -> Path:
@@ -156,7 +163,9 @@ def load_run(
     model_config = _overridden(model_config, overrides)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     replier = families.get(run.family).generate.Replier(model_config, params, tokenizer)
-    return Loaded(run, step, weights, replier, sum(leaf.size for leaf in flatten(params).values()))
+    parameters = sum(leaf.size for leaf in flatten(params).values())
+    fingerprint = _fingerprint(folder, run, step, weights, overrides)
+    return Loaded(run, step, weights, replier, parameters, fingerprint)
 
 
 def _overridden(model_config: Any, overrides: Sequence[str]) -> Any:

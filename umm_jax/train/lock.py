@@ -152,7 +152,7 @@ def _require_dead(path: Path, found: dict[str, Any], beat: float, patience: int)
     if found.get("host") == socket.gethostname() and isinstance(found.get("pid"), int):
         if is_alive(found):
             raise BusyError(
-                f"{path.parent}: another job ({who}) is training here; stop it, or choose another workdir"
+                f"{path.parent}: another job ({who}) is at work here; stop it, or choose another folder"
             )
         return
     print(f"lock      {path} is held by {who}; waiting whether it beats", file=sys.stderr, flush=True)
@@ -164,5 +164,5 @@ def _require_dead(path: Path, found: dict[str, Any], beat: float, patience: int)
             return
         if now != found:
             raise BusyError(
-                f"{path.parent}: another job ({who}) is training here; stop it, or choose another workdir"
+                f"{path.parent}: another job ({who}) is at work here; stop it, or choose another folder"
             )

@@ -54,6 +54,7 @@ def docs(source: Source, settings: Settings) -> Iterator[Doc]:
     name = "visdial_1.0_val.json"
     data = take(source.json(name), "data", name, dict)
     questions, answers = take(data, "questions", name, list), take(data, "answers", name, list)
+    of = lambda texts, one, key: take(texts, take(one, key, name, int), name, str)  # noqa: E731
     dense = {}
     graded = "visdial_1.0_val_dense_annotations.json"
     if settings.rounds == "dense" or (source.root / graded).exists():
@@ -75,8 +76,15 @@ def docs(source: Source, settings: Settings) -> Iterator[Doc]:
                 )
             # Its own in a release: the right answer's place among the options.
             right = take(asked, "gt_index", name, int)
-            said = [(questions[r["question"]], answers[r["answer"]]) for r in _shown(rounds, at, settings)]
-            turns = _turns(take(dialog, "caption", name, str), said, questions[asked["question"]], settings)
+            if not 0 <= right < len(options):
+                raise DataError(f"{name}: image {image_id}, round {at + 1} has no answer {right}")
+            if relevance is not None and not all(isinstance(r, (int, float)) for r in relevance):
+                raise DataError(f"{graded}: image {image_id}, round {at + 1} has a grade that is no number")
+            said = [
+                (of(questions, r, "question"), of(answers, r, "answer")) for r in _shown(rounds, at, settings)
+            ]
+            caption = take(dialog, "caption", name, str)
+            turns = _turns(caption, said, of(questions, asked, "question"), settings)
             yield Doc(
                 f"{image_id}-{at + 1}",
                 turns,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from umm_jax.conversation import Image
+from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Response, Task, means, user
 from umm_jax.evaluate.measures import vqa
 from umm_jax.evaluate.source import Source, take
@@ -49,21 +50,33 @@ def _asked(question: str, settings: Settings, hint: str = "") -> str:
     return f"{words}\n{hint}" if hint else words
 
 
-def _official(questions: str, annotations: str, pictures: str) -> Callable[[Source, Settings], Iterator[Doc]]:
-    """Docs of a release in VQAv2's two files; names hold {split}."""
+def _answers(entry: Any, of: str) -> list[str]:
+    answers = [take(a, "answer", of, str) for a in take(entry, "answers", of, list)]
+    if not answers:
+        raise DataError(f"{of}: a question has no answer; those of test splits are not published")
+    return answers
+
+
+def _official(
+    questions: str, annotations: str, pictures: str, numbers: type = int
+) -> Callable[[Source, Settings], Iterator[Doc]]:
+    """Docs of a release in VQAv2's two files; names hold {split}, pictures' {image} is of type `numbers`."""
 
     def docs(source: Source, settings: Settings) -> Iterator[Doc]:
         name = questions.format(split=settings.split)
-        asked = {take(q, "question_id", name): q for q in take(source.json(name), "questions", name, list)}
+        entries = take(source.json(name), "questions", name, list)
+        asked = {take(q, "question_id", name, (int, str)): q for q in entries}
         name = annotations.format(split=settings.split)
         for entry in take(source.json(name), "annotations", name, list):
-            id = take(entry, "question_id", name)
+            id = take(entry, "question_id", name, (int, str))
             question = take(asked, id, questions.format(split=settings.split))
             yield _doc(
                 str(id),
                 take(question, "question", name, str),
-                source.picture(pictures.format(split=settings.split, image=take(entry, "image_id", name))),
-                [take(a, "answer", name, str) for a in take(entry, "answers", name, list)],
+                source.picture(
+                    pictures.format(split=settings.split, image=take(entry, "image_id", name, numbers))
+                ),
+                _answers(entry, name),
                 settings,
                 {k: entry[k] for k in ("answer_type", "question_type") if k in entry},
             )
@@ -78,9 +91,12 @@ def _doc(id: str, question: str, picture, answers: list[str], settings, group=No
 
 def _vizwiz(source: Source, settings: Settings) -> Iterator[Doc]:
     name = f"{settings.split}.json"
-    for entry in source.json(name):
+    entries = source.json(name)
+    if not isinstance(entries, list):
+        raise DataError(f"{name}: must be a list of questions")
+    for entry in entries:
         image = take(entry, "image", name, str)
-        answers = [take(a, "answer", name, str) for a in take(entry, "answers", name, list)]
+        answers = _answers(entry, name)
         picture = source.picture(f"{settings.split}/{image}", image)
         question = take(entry, "question", name, str)
         group = {"answer_type": entry["answer_type"]} if "answer_type" in entry else {}
@@ -90,7 +106,7 @@ def _vizwiz(source: Source, settings: Settings) -> Iterator[Doc]:
 def _textvqa(source: Source, settings: Settings) -> Iterator[Doc]:
     if (source.root / f"textvqa_{settings.split}_annotations.json").exists():
         names = "textvqa_{split}_questions.json", "textvqa_{split}_annotations.json"
-        yield from _official(*names, "train_images/{image}.jpg")(source, settings)
+        yield from _official(*names, "train_images/{image}.jpg", str)(source, settings)
         return
     name = f"TextVQA_0.5.1_{settings.split}.json"
     for entry in take(source.json(name), "data", name, list):
@@ -98,9 +114,13 @@ def _textvqa(source: Source, settings: Settings) -> Iterator[Doc]:
             str(take(entry, "question_id", name)),
             take(entry, "question", name, str),
             source.picture(f"train_images/{take(entry, 'image_id', name)}.jpg"),
-            take(entry, "answers", name, list),
+            _texts(entry, name),
             settings,
         )
+
+
+def _texts(entry: Any, of: str) -> list[str]:
+    return _answers({"answers": [{"answer": text} for text in take(entry, "answers", of, list)]}, of)
 
 
 def _marked(accuracy: Callable[[str, list[str]], float]) -> Callable[[Doc, Response, Any], Marks]:
