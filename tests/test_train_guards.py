@@ -25,7 +25,7 @@ FAST = dict(beat=0.05, patience=4)
 def test_one_job_at_a_time(tmp_path):
     run = tmp_path / "run"
     with held(run, **FAST):
-        with pytest.raises(BusyError, match="another job .*choose another workdir"), held(run, **FAST):
+        with pytest.raises(BusyError, match="another job .*choose another folder"), held(run, **FAST):
             pass
         assert (run / NAME).exists()
     assert not run.exists()  # nothing was written to it
