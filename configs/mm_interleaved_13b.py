@@ -25,8 +25,8 @@ PAIRS = dict(cut="document", merge=0.25)
 
 
 # By chips, see docs/performance.md. Kernels attend and sample, which a TPU has not run yet; the pictures of a
-# row are learned from in two halves, so that the UNet need not be run again. On v5e, where there is less room,
-# they are in five parts and it is run again, so that a chip holds a row.
+# row are learned from in two halves, so that the UNet need not be run again. On v5e, with less room, they are
+# in five parts and it is run again, so that a chip holds a row.
 SAMPLING = dict(implementation="pallas")
 KERNELS = dict(
     draw_chunk=15,

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from umm_jax.evaluate.responses import read, read_lines
 from umm_jax.evaluate.store import Appending, Folder
 from umm_jax.train.lock import held
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"folder": "runs/x", "step": 3, "weights": "raw", "family": "rules", "fingerprint": "f0"}
 PICTURE = ImageData.from_array(np.zeros((4, 4, 3), np.uint8))
 
@@ -759,3 +761,9 @@ def test_folders_of_pictures_may_be_links(tmp_path, data):
     (data / "val2014").symlink_to(tmp_path / "coco")
     run(tmp_path / "out", data, Rules())
     assert benchmark.score(tmp_path / "out")["n"] == 9
+
+
+def test_the_sweep_of_the_demos_is_a_plan():
+    cells = sweep.read(ROOT / "configs" / "sweeps" / "world.py")
+    assert len(cells) == 24 and {cell.run for cell in cells} == {"runs/demo", "runs/chatumm", "runs/unified"}
+    assert {cell.label for cell in cells} == {"MM-Interleaved", "ChatUMM", "UnifiedMLLM"}

@@ -595,7 +595,7 @@ def test_mmmu_damaged_parquet_and_pictures_that_are_not_there(mmmu_folder):
     rows = parquet.read_table(path).drop_columns(["image_1"])
     parquet.write_table(rows, path)
     asked = next(d for d in docs(mmmu.TASK, mmmu_folder) if "Finance" in d.id)
-    with pytest.raises(DataError, match="Finance.*cannot be read: the question has no image_1"):
+    with pytest.raises(DataError, match="Finance.*cannot be read: the row has no image_1"):
         asked.conversation()
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match="Finance.*damaged"):

@@ -13,9 +13,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from umm_jax.data.entries import extra
 from umm_jax.errors import DataError
 
 _BLOCK = 1 << 20
@@ -146,6 +148,32 @@ class Source:
             raise DataError(f"{self.path(*names)}: no rows; a table whose first line names its columns")
         return rows
 
+    def parquet(
+        self, path: Path, pictures: Sequence[str] = (), fields: Sequence[str] | None = None
+    ) -> Iterator[tuple[dict[str, Any], "PictureOf"]]:
+        """Rows of a parquet file of the folder without its pictures, and what gives those by their columns.
+
+        Args:
+            path: below the folder. pictures: columns of {"bytes"}, which are read when one is asked for.
+            fields: columns of a row; all others but those unless given.
+
+        Raises:
+            DataError: damaged. ConfigError: no pyarrow.
+        """
+        reader = extra("pyarrow.parquet", "parquet files", "pyarrow")
+        data = self.bytes(path.relative_to(self.root).as_posix())
+        try:
+            file = reader.ParquetFile(io.BytesIO(data))
+            columns = fields or [name for name in file.schema_arrow.names if name not in pictures]
+            groups = [
+                file.read_row_group(g, columns=list(columns)).to_pylist() for g in range(file.num_row_groups)
+            ]
+        except Exception as error:  # pyarrow raises many kinds, all of which mean the same here
+            raise DataError(f"{path}: damaged: {error}") from None
+        for group, rows in enumerate(groups):
+            for number, row in enumerate(rows):
+                yield row, partial(_in_parquet, path, group, number)
+
     def picture(self, *names: str) -> Path:
         """Where a picture lies: the first of these that is there, else the first; it is opened when asked.
 
@@ -155,6 +183,30 @@ class Source:
         paths = [inside(self.root, name) for name in names]
         # With one name there is nothing to choose, and looking costs time where there are many.
         return paths[0] if len(paths) == 1 else next((p for p in paths if p.exists()), paths[0])
+
+
+PictureOf = Callable[[str], Embedded]  # of a column's name
+
+
+def _in_parquet(path: Path, group: int, row: int, column: str) -> Embedded:
+    where = f"{path}, row {row} of group {group}, {column}"
+    return Embedded(where, partial(_bytes_in_parquet, path, group, row, column))
+
+
+def _bytes_in_parquet(path: Path, group: int, row: int, column: str) -> bytes:
+    """A picture of a parquet file. Raises OSError: it has none there."""
+    pictures = _column(path, group, column)
+    if pictures is None or not (pictures[row] or {}).get("bytes"):
+        raise OSError(f"the row has no {column}")
+    return pictures[row]["bytes"]
+
+
+@lru_cache(maxsize=8)  # docs are planned in the order of the files, but asked in another
+def _column(path: Path, group: int, column: str) -> list[dict | None] | None:
+    file = extra("pyarrow.parquet", "parquet files", "pyarrow").ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        return None
+    return file.read_row_group(group, columns=[column])[column].to_pylist()
 
 
 def take(entry: Any, key: str, of: Path | str, kinds: type | tuple[type, ...] = object) -> Any:

@@ -21,18 +21,15 @@ verdict, is worth 0.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from umm_jax.conversation import Image
-from umm_jax.data.entries import extra
 from umm_jax.errors import DataError
 from umm_jax.evaluate import judges, verdicts
 from umm_jax.evaluate.contract import Doc, Marks, Record, Response, Score, Stored, Task, user
 from umm_jax.evaluate.measures import viescore
-from umm_jax.evaluate.source import Embedded, Source, take
+from umm_jax.evaluate.source import Source, take
 from umm_jax.evaluate.verdicts import NO_JUDGE, NO_PICTURE, NO_VERDICT, Verdict, Verdicts
 
 GROUPS = (
@@ -117,35 +114,12 @@ def _rows(source: Source) -> Iterator[tuple[Mapping[str, Any], Stored, str]]:
     """(fields, picture to be edited, file) of all docs."""
     files = sorted(p for at in ("train-*.parquet", "data/train-*.parquet") for p in source.root.glob(at))
     for path in files:
-        parquet = extra("pyarrow.parquet", "parquet files", "pyarrow")
-        data = source.bytes(path.relative_to(source.root).as_posix())
-        try:
-            file = parquet.ParquetFile(BytesIO(data))
-            groups = [file.read_row_group(g, columns=_FIELDS).to_pylist() for g in range(file.num_row_groups)]
-        except Exception as error:  # pyarrow raises many kinds, all of which mean the same here
-            raise DataError(f"{path}: damaged: {error}") from None
-        for group, rows in enumerate(groups):
-            for number, row in enumerate(rows):
-                where = f"{path}, row {number} of group {group}"
-                yield row, Embedded(where, partial(_bytes, path, group, number)), str(path)
+        for row, picture in source.parquet(path, fields=_FIELDS):
+            yield row, picture("input_image"), str(path)
     if not files:
         path = source.path("gedit.jsonl", "data/train-00000-of-00001.parquet")
         for row in source.lines(path.name):
             yield row, source.picture(take(row, "input_image", path, str)), str(path)
-
-
-def _bytes(path: Path, group: int, row: int) -> bytes:
-    """A picture of a parquet file. Raises OSError: it has none there."""
-    picture = _pictures(path, group)[row]
-    if not picture or not picture.get("bytes"):
-        raise OSError("the row has no input_image")
-    return picture["bytes"]
-
-
-@lru_cache(maxsize=2)
-def _pictures(path: Path, group: int) -> list[dict | None]:
-    file = extra("pyarrow.parquet", "parquet files", "pyarrow").ParquetFile(path)
-    return file.read_row_group(group, columns=["input_image"])["input_image"].to_pylist()
 
 
 # --- verdicts -----------------------------------------------------------------------------------------

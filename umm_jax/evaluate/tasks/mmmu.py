@@ -17,17 +17,15 @@ Answers of the test split are not published. All figures are means over question
 import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from umm_jax.conversation import Image, Part, Text
-from umm_jax.data.entries import extra
 from umm_jax.errors import DataError
 from umm_jax.evaluate.contract import Doc, Marks, Response, Task, means, user
 from umm_jax.evaluate.measures import choices
-from umm_jax.evaluate.source import Embedded, Source, take
+from umm_jax.evaluate.source import Source, take
 
 DISCIPLINES = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -93,7 +91,7 @@ def _entries(source: Source, split: str) -> Iterator[tuple[dict, Callable[[str],
     """(fields, picture by its field, file) of all questions."""
     files = [p for at in (f"{split}-*.parquet", f"*/{split}-*.parquet") for p in source.root.glob(at)]
     for path in sorted(files):
-        yield from _of_parquet(source, path)
+        yield from ((entry, picture, str(path)) for entry, picture in source.parquet(path, PICTURES))
     if files:
         return
     path = source.path(f"{split}.jsonl", f"{split}.json", f"Accounting/{split}-00000-of-00001.parquet")
@@ -106,41 +104,6 @@ def _entries(source: Source, split: str) -> Iterator[tuple[dict, Callable[[str],
 
 def _named(source: Source, entry: Mapping[str, Any], path: Path, field: str) -> Path:
     return source.picture(take(entry, field, path, str))
-
-
-def _of_parquet(source: Source, path: Path) -> Iterator[tuple[dict, Callable[[str], Path], str]]:
-    parquet = extra("pyarrow.parquet", "parquet files", "pyarrow")
-    data = source.bytes(path.relative_to(source.root).as_posix())
-    try:
-        file = parquet.ParquetFile(BytesIO(data))
-        fields = [name for name in file.schema_arrow.names if name not in PICTURES]
-        groups = [file.read_row_group(g, columns=fields).to_pylist() for g in range(file.num_row_groups)]
-    except Exception as error:  # pyarrow raises many kinds, all of which mean the same here
-        raise DataError(f"{path}: damaged: {error}") from None
-    for group, entries in enumerate(groups):
-        for row, entry in enumerate(entries):
-            yield entry, partial(_embedded, path, group, row), str(path)
-
-
-def _embedded(path: Path, group: int, row: int, field: str) -> Embedded:
-    where = f"{path}, row {row} of group {group}, {field}"
-    return Embedded(where, partial(_bytes, path, group, row, field))
-
-
-def _bytes(path: Path, group: int, row: int, field: str) -> bytes:
-    """A picture of a parquet file. Raises OSError: it has none there."""
-    pictures = _column(path, group, field)
-    if pictures is None or not (pictures[row] or {}).get("bytes"):
-        raise OSError(f"the question has no {field}")
-    return pictures[row]["bytes"]
-
-
-@lru_cache(maxsize=8)  # docs are planned in the order of the files, but asked in another
-def _column(path: Path, group: int, field: str) -> list[dict | None] | None:
-    file = extra("pyarrow.parquet", "parquet files", "pyarrow").ParquetFile(path)
-    if field not in file.schema_arrow.names:
-        return None
-    return file.read_row_group(group, columns=[field])[field].to_pylist()
 
 
 def _subject(id: str, where: str) -> str:
