@@ -1055,3 +1055,16 @@ def test_verdicts_are_no_part_of_the_annotations(tmp_path):
         figures("wise", tmp_path, responses),
     )
     assert with_["dataset_hash"] == without["dataset_hash"]
+
+
+def test_other_words_for_a_judge_are_read_by_question(tmp_path):
+    known = {"SC": "ours", "PQ": "ours too"}
+    path = tmp_path / "t.json"
+    path.write_text('{"SC": "theirs"}')
+    found = judges.read_templates(path, known)
+    assert found == {"SC": "theirs", "PQ": "ours too"}
+    assert judges.template_hash(found) != judges.template_hash(known)
+    for text, message in (("{", "cannot be read"), ('{"XX": "a"}', "no question"), ("[1]", "JSON object")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            judges.read_templates(path, known)

@@ -61,6 +61,7 @@ def add(commands) -> None:
     p.add_argument("--model", required=True, help="its name there")
     p.add_argument("--key", default="", metavar="NAME", help="variable of the environment with the key")
     p.add_argument("--cache", metavar="FILE", help="of answers, so that nothing is asked twice (TO.cache)")
+    p.add_argument("--templates", metavar="FILE", help="JSON with other words than ours, by question")
     p.add_argument("--seconds", type=positive, default=120, help="for one answer")
     p.add_argument("--budget", type=natural, default=0, help="most requests; 0 is no bound")
 
@@ -218,8 +219,9 @@ def _judge(args) -> None:
         budget=args.budget,
         cache=args.cache or f"{args.to}.cache",
     )
-    judge = judges.make(chosen, task.templates)
-    asked = task.questions(docs, Folder(args.out).responses())
+    templates = judges.read_templates(args.templates, task.templates) if args.templates else task.templates
+    judge = judges.make(chosen, templates)
+    asked = task.questions(docs, Folder(args.out).responses(), templates)
     counts = judges.collect(judge, asked, args.to)
     print(
         f"wrote {args.to}: {counts['asked']} asked of {judge.identity}, {counts['failed']} without an answer"

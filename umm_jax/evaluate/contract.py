@@ -180,7 +180,8 @@ class Task:
             scored, and cells that differ in them alone are compared, if the judge is the same: each record
             tells it as `judge` among its marks' parts.
         export: (docs, responses, folder) -> ids without a picture; writes what an official tool wants.
-        questions: (docs, responses) -> what a judge is asked, see ``judges.Asked``; templates: its words.
+        questions: (docs, responses, templates) -> what a judge is asked, see ``judges.Asked``; templates: the
+            words, by question, unless others are given.
     """
 
     name: str
@@ -201,7 +202,7 @@ class Task:
     noted: Callable[[Sequence[Record], Any], Mapping[str, str]] | None = None
     judging: tuple[str, ...] = ()
     export: Callable[[Sequence[Doc], Mapping[str, Response], Any], Sequence[str]] | None = None
-    questions: Callable[[Sequence[Doc], Mapping[str, Response]], Iterable[Any]] | None = None
+    questions: Callable[..., Iterable[Any]] | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -74,6 +74,24 @@ def template_hash(templates: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(templates), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def read_templates(path: str | Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Templates from a JSON file, {question: words}; those it leaves out are ours.
+
+    Raises:
+        ConfigError: unreadable, or a question that is not `known`.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: templates cannot be read: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(words, str) for words in found.values()):
+        raise ConfigError(f"{path}: must be a JSON object of words by question")
+    if odd := sorted(set(found) - set(known)):
+        names = ", ".join(map(repr, known))
+        raise ConfigError(f"{path}: {odd[0]!r} is no question of this benchmark; its questions are {names}")
+    return {**known, **found}
+
+
 def filled(template: str, values: Mapping[str, str]) -> str:
     """A template with values in the place of their names, in one go: a value may look like a name."""
     return re.sub("|".join(map(re.escape, values)), lambda found: values[found.group()], template)
