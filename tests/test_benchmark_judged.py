@@ -10,15 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from umm_jax import cli
+from umm_jax.config import ReplySettings
 from umm_jax.conversation import Image, ImageData, Text, Turn
 from umm_jax.data.synthesis.rewriters import Endpoint
 from umm_jax.errors import ConfigError, DataError
-from umm_jax.evaluate import judges, scoring, tasks, verdicts
+from umm_jax.evaluate import benchmark, judges, scoring, tasks, verdicts
 from umm_jax.evaluate.contract import Response
 from umm_jax.evaluate.judges import Asked, Cache, JudgeSettings, OpenAI
 from umm_jax.evaluate.measures import dependency, groups, viescore
 from umm_jax.evaluate.source import Source
 from umm_jax.evaluate.tasks import dpg, gedit, geneval, imgedit, wise
+from umm_jax.families.contract import Reply
 
 PICTURE = ImageData.from_array(np.full((8, 8, 3), 90, np.uint8))
 OTHER = ImageData.from_array(np.full((8, 8, 3), 180, np.uint8))
@@ -126,7 +129,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((body, self.headers.get("Authorization")))
         mode = self.server.modes.pop(0) if self.server.modes else "good"
-        reply = json.dumps({"choices": [{"message": {"content": f"verdict {len(self.server.asked)}"}}]})
+        said = self.server.says or f"verdict {len(self.server.asked)}"
+        reply = json.dumps({"choices": [{"message": {"content": said}}]})
         if isinstance(mode, int):
             self.send_error(mode)
             return
@@ -158,7 +162,7 @@ class Stub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    made.modes, made.asked, made.daemon_threads = [], [], True
+    made.modes, made.asked, made.says, made.daemon_threads = [], [], "", True
     made.handle_error = lambda *_: None
     thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -1068,3 +1072,34 @@ def test_other_words_for_a_judge_are_read_by_question(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             judges.read_templates(path, known)
+
+
+class Draws:
+    """A model that draws the same picture whatever it is asked."""
+
+    def reply(self, conversations, settings, seeds):
+        return [Reply(Turn("assistant", (Image("a"),)), {"a": PICTURE}) for _ in conversations]
+
+
+def test_a_model_is_asked_judged_and_scored_from_the_command_line(tmp_path, server, capsys):
+    root, out, verdicts_file = tmp_path / "data", tmp_path / "out", tmp_path / "verdicts.jsonl"
+    root.mkdir()
+    write_imgedit(root)
+    model = {"folder": "x", "family": "f", "step": 1, "weights": "raw", "fingerprint": "f"}
+    planned = benchmark.plan(benchmark.Job("imgedit", {}, str(root), {}), model, None, ReplySettings())
+    benchmark.write_plan(out, planned, model, 3)
+    benchmark.run(out, planned, Draws)
+    server.says = said(5, 4, 3)
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    words = ["eval", "judge", f"--out={out}", f"--to={verdicts_file}", f"--url={url}", "--model=m"]
+    assert cli.main(words) == 0 and "5 asked of openai/m/" in capsys.readouterr().out
+    assert len(server.asked) == 5
+    assert cli.main(words) == 0 and len(server.asked) == 5, "what is cached is not asked again"
+    assert cli.main(["eval", "score", f"--out={out}", "--set", f"verdicts={verdicts_file}"]) == 0
+    figures = json.loads((out / "score.json").read_text())
+    assert figures["metrics"]["overall_by_type"]["value"] == pytest.approx(4)
+    assert figures["judge"].startswith("openai/m/")
+    (tmp_path / "t.json").write_text(json.dumps({"": "Rate {edit_prompt}."}))
+    assert cli.main([*words, f"--templates={tmp_path / 't.json'}"]) == 0
+    assert len(server.asked) == 10, "other words are another judge"
+    assert server.asked[-1][0]["messages"][0]["content"][0]["text"].startswith("Rate edit ")
