@@ -118,7 +118,7 @@ def test_a_cell_that_fails_stops_no_other(tmp_path, data, models):
     assert failed == 1 and spent.docs == 16 and models.loads == ["a", "b"]
     assert "failed: c: no run here" in " ".join(said)
     made = sweep.gathered(cells(data), tmp_path)
-    assert [c.missing for c in made.rows["vqav2"]] == ["", "", "failed: c: no run here"]
+    assert [c.missing for c in made.rows["vqav2"]] == ["", "", "failed"] and made.notes == ["c: no run here"]
     lines = list(sweep.dry_run(cells(data), tmp_path))
     assert [line.split(": ")[1] for line in lines[:2]] == ["cached", "cached"]
     assert "cannot be run: c: no run here" in lines[2] and "3 cells, 0 docs to ask" in lines[3]

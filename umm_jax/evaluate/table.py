@@ -129,7 +129,8 @@ def _cell(found: Mapping[str, Any] | None, first: Mapping[str, Any], figure: str
     if found is None:
         return Cell(None, missing="not scored")
     if "failed" in found:
-        return Cell(None, missing=found["failed"])
+        short, colon, why = found["failed"].partition(": ")
+        return Cell(None, missing=short, marks=(_note(notes, why),) if colon else ())
     name = figure or found["headline"]
     score = found["metrics"].get(name)
     if score is None:
@@ -205,7 +206,7 @@ def number(value: float) -> str:
 
 def _shown(cell: Cell) -> str:
     if cell.value is None:
-        return cell.missing or "-" + "".join(f" [{m}]" for m in cell.marks)
+        return (cell.missing or "-") + "".join(f" [{m}]" for m in cell.marks)
     text = number(cell.value)
     if cell.stderr is not None:
         text += f" ± {cell.stderr:.2g}"
