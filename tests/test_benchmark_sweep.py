@@ -94,7 +94,7 @@ def models(monkeypatch):
     def identify(folder, step=None, weights=None, overrides=()):
         if folder == "c":
             raise DataError("c: no run here")
-        return sweep.Identity(RunConfig(family="mm_interleaved", model={}), folder, 3, "raw", folder * 3)
+        return sweep.Identity(RunConfig(family="mm_interleaved", model={}), folder, 3, "raw", (), folder * 3)
 
     def load_run(folder, *args):
         known.loads.append(folder)

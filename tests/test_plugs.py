@@ -211,3 +211,28 @@ def test_lmms_eval_likelihoods(run, tmp_path):
     asked = [SimpleNamespace(args=(QUESTION, f" {w}", of, 0, "t", "test")) for w in ("red", "blue", "red")]
     found = model.loglikelihood(asked)
     assert found[0] == found[2] != found[1] and all(value < 0 for value, _ in found)
+
+
+def test_lmms_eval_rounds(run, tmp_path):
+    pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own: make test-lmms")
+    from umm_jax.evaluate.plugs.lmms import UmmJax
+
+    (path,) = pictures(tmp_path, 1)
+    model = UmmJax(run=str(run), batch_size=1)
+    model.task_dict = {"t": {"test": {0: {"image": str(path)}}}}
+    told = []
+
+    def messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        first = [{"type": "image", "url": doc["image"]}, {"type": "text", "text": QUESTION}]
+        if round_idx is None:
+            return [{"role": "user", "content": first}]
+        told.append((round_idx, previous_output, previous_round_info))
+        turns = [{"role": "user", "content": first}]
+        for said in previous_output:
+            turns += [{"role": "assistant", "content": said or "?"}, {"role": "user", "content": QUESTION}]
+        return turns, round_idx == 2, previous_output, f"info {round_idx}"
+
+    request = SimpleNamespace(args=("", messages, {"max_new_tokens": 6}, 0, "t", "test"))
+    ((first, second),) = model.generate_until_multi_round([request])
+    assert [first] == own_replies(run, ["t-0"], [path], 6) == model.generate_until([request])
+    assert told == [(1, [first], None), (2, [first, second], "info 1")]

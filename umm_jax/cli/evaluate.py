@@ -148,14 +148,15 @@ def _run(args) -> None:
     index, slash, count = args.share.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--share={args.share}: expected K/N with K from 0 to N-1")
-    model, job = benchmark.planned_model(args.out), benchmark.planned_job(args.out)
-    identity = identify(model["folder"], model["step"], model["weights"])
+    job, model = benchmark.read_plan(args.out)
+    chosen = model["folder"], model["step"], model["weights"], tuple(model["overrides"])
+    identity = identify(*chosen)
     planned = benchmark.plan(job, identity.to_dict(), WorldConfig.of(identity.run), identity.run.reply)
     benchmark.check_planned(args.out, planned)
     spent = benchmark.run(
         args.out,
         planned,
-        lambda: attended(load_run(model["folder"], model["step"], model["weights"], devices=args.devices)),
+        lambda: attended(load_run(*chosen, devices=args.devices)),
         index=int(index),
         count=int(count),
         retry=args.retry,

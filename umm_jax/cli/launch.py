@@ -124,14 +124,8 @@ def _slurm(args) -> None:
     from umm_jax.launch import lines
 
     asked = {name: getattr(args, name) for name in ("nodes", "gpus", "hours", "partition", "image")}
-    jobs = _jobs(args)
-    if not args.sweep:
-        print(lines.slurm(jobs[0], **asked), end="")
-        return
-    import dataclasses
-
-    array = dataclasses.replace(jobs[0], name=args.name, program=jobs[0].program[:-1])
-    print(lines.slurm(array, **asked, cells=len(jobs)), end="")
+    job, cells = _asked(args)
+    print(lines.slurm(job, **asked, cells=cells), end="")
 
 
 def _topology(args):
@@ -149,6 +143,14 @@ def _topology(args):
 
 def _jobs(args):
     """The jobs that are asked for: one, or one for each cell of a sweep."""
+    from umm_jax.launch.job import of_cells
+
+    job, cells = _asked(args)
+    return of_cells(job, cells) if cells else [job]
+
+
+def _asked(args):
+    """(the job, how many cells it has where it is a sweep, else 0)."""
     from umm_jax.launch.job import Job, of_sweep
 
     if (args.config is None) == (args.sweep is None):
@@ -163,12 +165,12 @@ def _jobs(args):
     # A mistake in it is cheaper here than there.
     if args.sweep is None:
         _check(args)
-        return [job]
+        return job, 0
     from umm_jax.evaluate import sweep
 
     if args.overrides:
         raise ConfigError(f"{args.overrides[0]}: a sweep's cells say what is changed; leave it out")
-    return of_sweep(job, args.sweep, len(sweep.read(args.sweep)))
+    return of_sweep(job, args.sweep), len(sweep.read(args.sweep))
 
 
 def _check(args) -> None:

@@ -20,15 +20,15 @@ from typing import Any
 from tqdm import tqdm
 
 from umm_jax import config as configs
-from umm_jax.config import BenchmarkConfig, ReplySettings
+from umm_jax.config import ReplySettings
 from umm_jax.conversation import ImageData
 from umm_jax.errors import BusyError, ConfigError, DataError
-from umm_jax.evaluate import asking, scoring, table, tasks
+from umm_jax.evaluate import asking, scoring, tasks
 from umm_jax.evaluate.asking import Model
 from umm_jax.evaluate.contract import Doc, Task
 from umm_jax.evaluate.responses import check_ids
 from umm_jax.evaluate.source import Source
-from umm_jax.evaluate.store import Appending, Folder
+from umm_jax.evaluate.store import Appending, Folder, hash_of
 from umm_jax.train.lock import held
 from umm_jax.world.scene import WorldConfig
 
@@ -162,15 +162,11 @@ def write_plan(
     return {"docs": len(planned.docs), "answered": len(stored.lines())}
 
 
-def planned_model(folder: str | Path) -> dict[str, Any]:
-    """The model of a plan, see ``generate.Identity.to_dict``. Raises DataError."""
-    return Folder(folder).plan()["model"]
-
-
-def planned_job(folder: str | Path) -> Job:
-    """The job of a plan. Raises DataError."""
+def read_plan(folder: str | Path) -> tuple[Job, dict[str, Any]]:
+    """The job and the model of a plan, see ``generate.Identity.to_dict``. Raises DataError."""
     plan = Folder(folder).plan()
-    return Job(*(plan[name] for name in ("task", "settings", "data_root", "reply", "limit", "seed")))
+    job = Job(*(plan[name] for name in ("task", "settings", "data_root", "reply", "limit", "seed")))
+    return job, plan["model"]
 
 
 def check_planned(folder: str | Path, planned: Planned) -> None:
@@ -326,7 +322,8 @@ def score(
     stored = Folder(folder)
     planned = stored.plan()
     task, settings, docs, dataset_hash = planned_docs(folder, judging)
-    found = stored.responses()
+    lines = stored.lines()
+    found = stored.responses(lines)
     check_ids(found, [doc.id for doc in docs], str(folder), partial=partial)
     records, failed = scoring.mark(task, docs, found, settings)
     figures = scoring.result(
@@ -334,53 +331,10 @@ def score(
         settings,
         records,
         dataset_hash=dataset_hash,
-        responses_hash=stored.responses_hash(),
+        responses_hash=hash_of(lines),
         failed=failed,
         limit=planned["limit"],
     ) | {name: planned[name] for name in ("model", "reply", "seed", "requests_hash")}
     rows = ({"id": r.doc.id, "values": r.marks.values, "invalid": r.marks.invalid} for r in records)
     stored.write_score(figures, rows)
     return figures
-
-
-# --- during training ----------------------------------------------------------------------------------
-
-
-class Watched:
-    """A few docs of a benchmark, read once and asked whenever a run in training wants to know.
-
-    Its `name` is the task's, and what differs from the task's own settings.
-
-    Args:
-        chosen: what is asked. world, reply: those of the run.
-
-    Raises:
-        ConfigError: unknown task or setting, or a task that needs a judge.
-        DataError: annotations.
-    """
-
-    def __init__(self, chosen: BenchmarkConfig, world: WorldConfig, reply: ReplySettings):
-        self.task = tasks.get(chosen.task)
-        if self.task.cost != "A":
-            other = "a judge" if self.task.cost == "C" else "a network"
-            raise ConfigError(
-                f"train.benchmarks: {self.task.name} needs {other} besides the model; ask it afterwards"
-            )
-        self.settings = scoring.settings_of(self.task, chosen.settings)
-        self.name = table.row_of(self.task, self.settings)
-        self.docs, _ = read_docs(self.task, self.settings, chosen.data_root, world, chosen.limit)
-        self.reply = configs.from_dict(
-            ReplySettings, {**configs.to_dict(reply), **self.task.reply, **chosen.reply}, "reply"
-        )
-
-    def figures(self, model: Model, *, seed: int, batch_size: int) -> dict[str, float]:
-        """{name: headline, name/parse_rate} of what the model replies now; absent where there is none."""
-        batches = asking.batches(self.docs, batch_size)
-        asked = asking.ask(model, batches, self.reply, seed=seed, batch_size=batch_size)
-        found = {a.doc.id: a.response for batch in asked for a in batch}
-        records, _ = scoring.mark(self.task, self.docs, found, self.settings)
-        if not records:
-            return {}
-        head = self.task.total(records, self.settings)[self.task.headline].value
-        told = {} if head is None else {self.name: head}
-        return told | {f"{self.name}/parse_rate": scoring.parse_rate(records)}

@@ -23,10 +23,11 @@ from umm_jax.config import ReplySettings, RunConfig
 from umm_jax.conversation import ImageData
 from umm_jax.data.files import storage_errors, write_atomic
 from umm_jax.errors import ConfigError, DataError
-from umm_jax.evaluate import asking, benchmark
+from umm_jax.evaluate import asking
 from umm_jax.evaluate.asking import Asked
 from umm_jax.evaluate.report import HEADLINE
 from umm_jax.evaluate.tasks.world import doc_of
+from umm_jax.evaluate.watched import Watched
 from umm_jax.evaluate.world_expert import attended
 from umm_jax.families.contract import Replier
 from umm_jax.generate import Loaded, load_run
@@ -304,7 +305,7 @@ def in_training(run: RunConfig, workdir: str | Path) -> Callable[[int, Any], dic
     Raises:
         ConfigError, DataError: a benchmark of the config cannot be asked, which is said before training.
     """
-    watched = [benchmark.Watched(chosen, WorldConfig.of(run), run.reply) for chosen in run.train.benchmarks]
+    watched = [Watched(chosen, WorldConfig.of(run), run.reply) for chosen in run.train.benchmarks]
     names = [one.name for one in watched]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"train.benchmarks: {twice} is there twice")

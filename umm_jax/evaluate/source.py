@@ -218,13 +218,3 @@ def take(entry: Any, key: str, of: Path | str, kinds: type | tuple[type, ...] = 
     if not isinstance(value, kinds):
         raise DataError(f"{of}: {key!r} is of another type than the release's: {str(value)[:120]}")
     return value
-
-
-def unique(ids: Sequence[str], of: Path | str) -> Iterator[str]:
-    """The ids, one by one. Raises DataError at one that was there before."""
-    seen = set()
-    for one in ids:
-        if one in seen:
-            raise DataError(f"{of}: the id {one!r} is there twice; the file is not that of the release")
-        seen.add(one)
-        yield one

@@ -89,14 +89,10 @@ class Folder:
                     found[line["id"]] = line
         return found
 
-    def responses_hash(self) -> str:
-        """Of all lines that count, by id."""
-        told = json.dumps(sorted(self.lines().items()), sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
-
-    def responses(self) -> dict[str, Response]:
-        """{doc's id: response}, as :meth:`lines`."""
-        return {id: replies.parse(line, self.path, f"{self.path}: {id}") for id, line in self.lines().items()}
+    def responses(self, lines: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Response]:
+        """{doc's id: response} of :meth:`lines`, which are read unless given."""
+        found = self.lines() if lines is None else lines
+        return {id: replies.parse(line, self.path, f"{self.path}: {id}") for id, line in found.items()}
 
     # --- what it is worth -------------------------------------------------------------------------
 
@@ -111,6 +107,11 @@ class Folder:
             return json.loads(path.read_text()) if path.exists() else None
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); score again") from None
+
+
+def hash_of(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of all responses that count, in whatever order and files they are."""
+    return hashlib.sha256(json.dumps(sorted(lines.items()), sort_keys=True).encode()).hexdigest()
 
 
 class Appending:

@@ -8,7 +8,7 @@
         skills = over("task", ["world-edit", "world-vqa"])
         return product(models, skills, over("reply", [{"temperature": 0.0}, {"temperature": 0.7}]))
 
-`umm sweep plan.py` runs the cells one after another, or one of them on each machine (``umm sweep --on``). A
+`umm sweep plan.py` runs the cells one after another, `umm launch ... --sweep=plan.py` each on a machine. A
 cell that fails is told in the table and stops no other. What is finished is not done again; a sweep may be
 killed and started anew at any time.
 """
@@ -29,7 +29,7 @@ from umm_jax import config as configs
 from umm_jax.data.files import write_atomic
 from umm_jax.errors import ConfigError, UserError
 from umm_jax.evaluate import benchmark, samples, scoring, table, tasks
-from umm_jax.evaluate.store import PLAN, Folder
+from umm_jax.evaluate.store import PLAN, Folder, hash_of
 from umm_jax.evaluate.world_expert import attended
 from umm_jax.generate import Identity, Loaded, identify, load_run
 from umm_jax.world.scene import WorldConfig
@@ -207,12 +207,14 @@ def look(cell: Cell, out: Path) -> State:
     folder = Folder(out / cell.folder)
     answered, scored = 0, False
     if (folder.path / PLAN).exists() and folder.requests() == dict(planned.requests):
-        answered = len(folder.lines())
-        scored = _is_of(folder.score(), planned, folder)
+        lines = folder.lines()
+        answered, scored = len(lines), _is_of(folder.score(), planned, folder, hash_of(lines))
     return State(cell, identity, planned, answered, scored)
 
 
-def _is_of(figures: Mapping[str, Any] | None, planned: benchmark.Planned, folder: Folder) -> bool:
+def _is_of(
+    figures: Mapping[str, Any] | None, planned: benchmark.Planned, folder: Folder, responses_hash: str
+) -> bool:
     """Whether figures are of these requests, settings and responses, and marked as they would be now."""
     if figures is None:
         return False
@@ -221,7 +223,7 @@ def _is_of(figures: Mapping[str, Any] | None, planned: benchmark.Planned, folder
         "settings": json.loads(json.dumps(configs.to_dict(planned.settings))),
         "dataset_hash": planned.dataset_hash,
         "requests_hash": folder.plan()["requests_hash"],
-        "responses_hash": folder.responses_hash(),
+        "responses_hash": responses_hash,
     }
     return all(figures.get(key) == value for key, value in wanted.items())
 

@@ -65,6 +65,7 @@ class Identity:
 
     Attributes:
         run: its config. folder: of the run. step: the checkpoint's; weights: "raw" or "ema".
+        overrides: of its config, see :func:`load_run`.
         fingerprint: hash of the checkpoint's files by name, size and, where they are small, content; of the
             tokenizer; of weights, overrides and the run's world. A copy of a run has that of the run.
     """
@@ -73,12 +74,13 @@ class Identity:
     folder: str
     step: int
     weights: str
+    overrides: tuple[str, ...]
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for records."""
-        said = {"folder": self.folder, "family": self.run.family, "step": self.step}
-        return said | {"weights": self.weights, "fingerprint": self.fingerprint}
+        said = {name: getattr(self, name) for name in ("folder", "step", "weights", "fingerprint")}
+        return said | {"family": self.run.family, "overrides": list(self.overrides)}
 
 
 _WHOLE = 1 << 16  # files of at most so many bytes go into a fingerprint with all they hold
@@ -101,7 +103,8 @@ def identify(
     if step not in checkpoints.steps():
         has = ", ".join(map(str, checkpoints.steps())) or "none"
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are: {has}")
-    return Identity(run, str(run_dir), step, weights, _fingerprint(folder, run, step, weights, overrides))
+    fingerprint = _fingerprint(folder, run, step, weights, overrides)
+    return Identity(run, str(run_dir), step, weights, tuple(overrides), fingerprint)
 
 
 def _fingerprint(folder: Path, run: RunConfig, step: int, weights: str, overrides: Sequence[str]) -> str:

@@ -66,7 +66,14 @@ class Job:
         return shlex.join(self.command)
 
 
-def of_sweep(job: Job, plan: str, cells: int) -> list[Job]:
-    """One job for each cell of a sweep: `job` says all but what runs; its workdir is the sweep's folder."""
-    program = ("sweep", plan, f"--out={job.workdir}")
-    return [replace(job, name=f"{job.name}-{k}", program=(*program, f"--cell={k}")) for k in range(cells)]
+def of_sweep(job: Job, plan: str) -> Job:
+    """The job that runs a sweep, in its workdir; with ``--cell=K`` added, one of its cells."""
+    return replace(job, program=("sweep", plan, f"--out={job.workdir}"))
+
+
+def of_cells(sweep: Job, cells: int) -> list[Job]:
+    """One job for each cell of a sweep."""
+    return [
+        replace(sweep, name=f"{sweep.name}-{k}", program=(*sweep.program, f"--cell={k}"))
+        for k in range(cells)
+    ]

@@ -7,6 +7,7 @@ after ``from umm_jax.evaluate.plugs.vlmeval import UmmJax``. Multi-turn data set
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from vlmeval.vlm.base import BaseModel
@@ -34,7 +35,7 @@ class UmmJax(BaseModel):
         super().__init__()
         self.loaded = attended(load_run(run, step, weights))
         base = self.loaded.run.reply
-        self.settings = plugs.settings(kwargs, type(base)(**(vars(base) | {"mode": mode})))
+        self.settings = plugs.settings(kwargs, replace(base, mode=mode))
         self.out, self.seed = Path(out) if out else None, seed
 
     def generate_inner(self, message, dataset=None) -> str:
